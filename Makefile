@@ -1,0 +1,46 @@
+# `make run` and `make test` need Python ≥ 3.11, make and git; everything else is installed into .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run env test check format bench clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+run: $(STAMP) ## Start everything, play the story, show it live (Ctrl-C stops it all)
+	@exec $(BIN)/credits up
+
+env: $(STAMP) ## Make .venv and fetch the embedded servers
+	@$(BIN)/python -m workers.embedded fetch
+
+test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
+	@$(BIN)/python -m pytest
+
+check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/credits schemas --check
+
+format: $(STAMP) ## Format and apply safe fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Measure this worker beside a straightforward one; writes reports/bench.{md,json}
+	@$(BIN)/python -m benchmarks
+
+clean: ## Remove the environment and the embedded servers' state
+	rm -rf $(VENV) .credits reports
+
+# uv lives in the environment that it fills, so a machine needs no tool but Python.
+$(STAMP): pyproject.toml uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit("credit-workers needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11+") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	@VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(UV) sync --active --frozen --inexact --all-extras --all-groups
+	@touch $(STAMP)
