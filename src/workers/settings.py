@@ -1,0 +1,153 @@
+"""Settings: every environment variable the product reads, validated once, at the start.
+
+Names are ``CREDITS_<FIELD>`` (interfaces: Environment). Any of them may be given as a file instead, by
+``CREDITS_<FIELD>_FILE``, so that a secret never stands in an environment listing.
+"""
+
+import os
+import ssl
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, CatalogueError, parse_catalogue
+
+INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
+OUTBOUND_TOPICS = ("credit.changed", "credit.rejected", "credit.alert")
+
+Secrets = Annotated[SecretStr | None, Field(default=None)]
+
+
+class SettingsError(Exception):
+    """The environment cannot be used; the message says which variable, and what is wrong with it."""
+
+
+class Settings(BaseSettings):
+    """What a process of credit-workers is told by its environment."""
+
+    model_config = SettingsConfigDict(env_prefix="CREDITS_", frozen=True, extra="ignore")
+
+    database_url: SecretStr | None = None
+    kafka_bootstrap: str | None = None
+    stack: Literal["embedded", "external", "containers"] | None = None
+    home: Path = Path(".credits")
+    catalogue: Path | None = None
+    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,60}$")] = ""
+
+    stripe_webhook_secrets: Secrets
+    stripe_api_key: Secrets
+
+    http_host: str = "127.0.0.1"
+    http_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    worker_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    read_tokens: Secrets
+    admin_tokens: Secrets
+    log_format: Literal["json", "console"] = "json"
+
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_sasl_username: str | None = None
+    kafka_sasl_password: Secrets
+    kafka_ca_file: Path | None = None
+
+    partitions: Annotated[int, Field(ge=1, le=1000)] = 6
+    replication_factor: Annotated[int, Field(ge=1, le=10)] = 1
+    batch_records_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    record_bytes_max: Annotated[int, Field(ge=1024)] = 1024 * 1024
+    webhook_bytes_max: Annotated[int, Field(ge=1024)] = 512 * 1024
+    parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
+    renewal_grace_seconds: Annotated[int, Field(ge=0)] = 2 * 86400
+    database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
+    max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in cls.model_fields:
+            path = os.environ.get(f"CREDITS_{name.upper()}_FILE")
+            if path and values.get(name) is None:
+                try:
+                    values[name] = Path(path).read_text(encoding="utf-8").strip()
+                except OSError as error:
+                    message = f"CREDITS_{name.upper()}_FILE cannot be read: {error.strerror}: {path}"
+                    raise ValueError(message) from error
+        return {name: value for name, value in values.items() if value != ""}
+
+    @cached_property
+    def stack_kind(self) -> Literal["embedded", "external", "containers"]:
+        """Where the servers come from: as asked, else external when both addresses are known."""
+        if self.stack is not None:
+            return self.stack
+        return "external" if self.database_url and self.kafka_bootstrap else "embedded"
+
+    @cached_property
+    def webhook_secrets(self) -> tuple[str, ...]:
+        """Stripe's signing secrets, newest first."""
+        return _listed(self.stripe_webhook_secrets)
+
+    @cached_property
+    def reader_tokens(self) -> tuple[str, ...]:
+        """Bearer tokens that may read."""
+        return _listed(self.read_tokens)
+
+    @cached_property
+    def administrator_tokens(self) -> tuple[str, ...]:
+        """Bearer tokens that may read and command."""
+        return _listed(self.admin_tokens)
+
+    def topic(self, name: str) -> str:
+        """The topic's name on this cluster."""
+        return self.topic_prefix + name
+
+    def load_catalogue(self) -> Catalogue:
+        """Read the catalogue file, or take the built-in one. Raises SettingsError with line and mend."""
+        if self.catalogue is None:
+            return parse_catalogue(DEFAULT_CATALOGUE)
+        try:
+            return parse_catalogue(self.catalogue.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, CatalogueError) as error:
+            raise SettingsError(f"CREDITS_CATALOGUE ({self.catalogue}): {error}") from error
+
+
+def _listed(secret: SecretStr | None) -> tuple[str, ...]:
+    if secret is None:
+        return ()
+    return tuple(part.strip() for part in secret.get_secret_value().split(",") if part.strip())
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment. Raises SettingsError naming each variable that is wrong, never its value."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"CREDITS_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+            for item in error.errors(include_input=False, include_url=False)
+        )
+        raise SettingsError(wrong) from error
+
+
+def require(value: SecretStr | str | None, name: str) -> str:
+    """The plain value of a setting that this command cannot do without."""
+    if not value:
+        raise SettingsError(f"CREDITS_{name.upper()} is not set, and this command needs it")
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
+
+
+def kafka_options(settings: Settings) -> dict[str, Any]:
+    """The connection arguments that every aiokafka client of this process takes."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": require(settings.kafka_bootstrap, "kafka_bootstrap"),
+        "security_protocol": settings.kafka_security_protocol,
+    }
+    if "SSL" in settings.kafka_security_protocol:
+        cafile = str(settings.kafka_ca_file) if settings.kafka_ca_file else None
+        options["ssl_context"] = ssl.create_default_context(cafile=cafile)
+    if settings.kafka_security_protocol.startswith("SASL"):
+        options["sasl_mechanism"] = settings.kafka_sasl_mechanism
+        options["sasl_plain_username"] = settings.kafka_sasl_username
+        options["sasl_plain_password"] = require(settings.kafka_sasl_password, "kafka_sasl_password")
+    return options

@@ -1,0 +1,42 @@
+"""The connection pool: every connection is of one role, bounded in time, and in UTC.
+
+Invariants: no statement, lock wait or idle transaction of ours can last for ever, and a connection never has
+more rights than the role of its work, whatever the login in the URL may do.
+"""
+
+from typing import Literal
+
+import asyncpg
+
+Role = Literal["credits_worker", "credits_reader", "credits_owner"]
+
+CONNECT_SECONDS = 10.0
+# A batch of a thousand commands takes well under a second; ten seconds is a database in trouble.
+STATEMENT_MS = 10_000
+LOCK_MS = 5_000
+IDLE_IN_TRANSACTION_MS = 15_000
+
+
+async def open_pool(
+    database_url: str, *, role: Role = "credits_worker", size_max: int = 10, name: str = "credit-workers"
+) -> asyncpg.Pool[asyncpg.Record]:
+    """Connect, and keep up to `size_max` connections. Raises OSError or asyncpg errors when it cannot."""
+    return await asyncpg.create_pool(
+        database_url,
+        min_size=1,
+        max_size=size_max,
+        timeout=CONNECT_SECONDS,
+        command_timeout=STATEMENT_MS / 1000 + 5,
+        server_settings={
+            "application_name": name,
+            "role": role,
+            "search_path": "credits",
+            "timezone": "UTC",
+            "statement_timeout": str(STATEMENT_MS),
+            "lock_timeout": str(LOCK_MS),
+            "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+        },
+    )
+
+
+__all__ = ["Role", "open_pool"]

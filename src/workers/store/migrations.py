@@ -1,0 +1,108 @@
+"""Forward-only migrations: numbered SQL files, applied once each, in order, under one lock.
+
+Invariants: an applied file never changes (its checksum is kept and compared), two migrators never interleave
+(advisory lock), and each file is one transaction with the record that it was applied.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+
+FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
+LOCK_KEY = 0x63726564  # "cred"
+# A migration that waits longer for a table lock would stall every worker behind it: it gives up instead.
+LOCK_TIMEOUT = "5s"
+
+
+class MigrationError(Exception):
+    """The schema cannot be brought up to date; the message says which file, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file: its number, its name, its SQL and the checksum of that SQL."""
+
+    number: int
+    name: str
+    sql: str
+    checksum: str
+
+
+def schemas_folder() -> Path:
+    """Where `schemas/` is: inside the installed package, or at the root of a checkout."""
+    packaged = Path(__file__).parents[1] / "schemas"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "schemas"
+
+
+def read_migrations(folder: Path | None = None) -> list[Migration]:
+    """All migrations in order. Raises MigrationError for a gap, a repeat or a misnamed file."""
+    migrations = []
+    for path in sorted((folder or schemas_folder() / "postgres").glob("*.sql")):
+        match = FILE_NAME.match(path.name)
+        if match is None:
+            raise MigrationError(f"{path.name} is not named NNNN_lower_case.sql")
+        sql = path.read_text(encoding="utf-8")
+        checksum = hashlib.sha256(sql.encode()).hexdigest()
+        migrations.append(Migration(int(match[1]), path.stem, sql, checksum))
+    numbers = [migration.number for migration in migrations]
+    if not numbers or numbers != list(range(1, len(numbers) + 1)):
+        raise MigrationError(f"migrations must be numbered 1, 2, 3 … without gaps; found {numbers}")
+    return migrations
+
+
+async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]:
+    """Apply what is missing. Returns the names applied now; an empty list when all is up to date.
+
+    Raises:
+        MigrationError: an applied file was changed since, the database is newer than this code, or a file failed.
+    """
+    migrations = read_migrations(folder)
+    connection = await asyncpg.connect(database_url, timeout=10)
+    try:
+        await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
+            "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
+        )
+        rows = await connection.fetch("SELECT number, name, checksum FROM public.credits_migrations")
+        applied = {row["number"]: row for row in rows}
+        _refuse_unknown(applied, migrations)
+        done = []
+        for migration in migrations:
+            known = applied.get(migration.number)
+            if known is None:
+                await _apply(connection, migration)
+                done.append(migration.name)
+            elif known["checksum"] != migration.checksum:
+                raise MigrationError(
+                    f"{migration.name} was changed after it was applied: put it back, and write a new migration"
+                )
+        return done
+    finally:
+        await connection.close()  # the session's advisory lock goes with it
+
+
+def _refuse_unknown(applied: dict[int, asyncpg.Record], migrations: list[Migration]) -> None:
+    newest = max(applied, default=0)
+    if newest > len(migrations):
+        raise MigrationError(
+            f"the database is at migration {newest}, this release knows {len(migrations)}: run the newer release"
+        )
+
+
+async def _apply(connection: asyncpg.Connection[asyncpg.Record], migration: Migration) -> None:
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+            await connection.execute(migration.sql)
+            await connection.execute(
+                "INSERT INTO public.credits_migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                migration.number,
+                migration.name,
+                migration.checksum,
+            )
+    except asyncpg.PostgresError as error:
+        raise MigrationError(f"{migration.name} failed and changed nothing: {error}") from error
