@@ -59,7 +59,6 @@ class Settings(BaseSettings):
     record_bytes_max: Annotated[int, Field(ge=1024)] = 1024 * 1024
     webhook_bytes_max: Annotated[int, Field(ge=1024)] = 512 * 1024
     parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
-    renewal_grace_seconds: Annotated[int, Field(ge=0)] = 2 * 86400
     database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
 
@@ -72,7 +71,9 @@ class Settings(BaseSettings):
                 try:
                     values[name] = Path(path).read_text(encoding="utf-8").strip()
                 except OSError as error:
-                    message = f"CREDITS_{name.upper()}_FILE cannot be read: {error.strerror}: {path}"
+                    message = (
+                        f"CREDITS_{name.upper()}_FILE cannot be read: {error.strerror}: {path}"
+                    )
                     raise ValueError(message) from error
         return {name: value for name, value in values.items() if value != ""}
 
@@ -149,5 +150,7 @@ def kafka_options(settings: Settings) -> dict[str, Any]:
     if settings.kafka_security_protocol.startswith("SASL"):
         options["sasl_mechanism"] = settings.kafka_sasl_mechanism
         options["sasl_plain_username"] = settings.kafka_sasl_username
-        options["sasl_plain_password"] = require(settings.kafka_sasl_password, "kafka_sasl_password")
+        options["sasl_plain_password"] = require(
+            settings.kafka_sasl_password, "kafka_sasl_password"
+        )
     return options

@@ -80,6 +80,7 @@ class Catalogue(_Part):
     packs: dict[Name, Pack] = Field(default_factory=dict)
     generations: dict[Name, GenerationPrice] = Field(default_factory=dict)
     alerts: Alerts = Alerts()
+    renewal_grace_seconds: Annotated[int, Field(strict=True, ge=0)] = 2 * 86_400
 
     _plan_of_price: dict[str, str] = PrivateAttr(default_factory=dict)
     _pack_of_price: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -90,11 +91,15 @@ class Catalogue(_Part):
             for name, item in sold.items():
                 for price in item.stripe_prices:
                     if price in self._plan_of_price or price in self._pack_of_price:
-                        raise CatalogueError(f"Stripe price {price!r} is listed twice; a price buys one thing")
+                        raise CatalogueError(
+                            f"Stripe price {price!r} is listed twice; a price buys one thing"
+                        )
                     index[price] = name
         for name, plan in self.plans.items():
             if plan.tier not in self.tiers:
-                raise CatalogueError(f"plans.{name}.tier is {plan.tier!r}: add [tiers.{plan.tier}] or mend the name")
+                raise CatalogueError(
+                    f"plans.{name}.tier is {plan.tier!r}: add [tiers.{plan.tier}] or mend the name"
+                )
 
     def plan_of_price(self, price: str | None) -> str | None:
         """The plan that a Stripe price id buys, if any."""
@@ -149,7 +154,9 @@ def _line_of(text: str, location: tuple[int | str, ...]) -> str:
     best = 0
     for depth in range(len(names), 0, -1):
         header = "[" + ".".join(names[:depth]) + "]"
-        start = next((number for number, line in enumerate(lines) if line.strip().startswith(header)), None)
+        start = next(
+            (number for number, line in enumerate(lines) if line.strip().startswith(header)), None
+        )
         if start is not None:
             best = start + 1
             inside = lines[start + 1 :]

@@ -1,0 +1,244 @@
+"""What may be asked of the ledger: one immutable command for each thing that happened outside.
+
+A command is a cause (who asks, under which idempotency key, R8) and an action. Owners are resolved before: an
+action names accounts, never external ids. Prices are not in commands: they are decided with the catalogue, so
+that the content that a key stands for does not change when a price does.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, tzinfo
+from typing import Literal, NamedTuple, TypeAlias
+
+Pool: TypeAlias = Literal["subscription", "purchased"]
+
+
+class CommandKey(NamedTuple):
+    """Layer (a) of R8: who asks, what kind of thing, under which key."""
+
+    source: str
+    type: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Where a command comes from; an entry keeps all of it (R9)."""
+
+    source: str
+    type: str
+    id: str
+    key: str
+    occurred_at: datetime
+    topic: str | None = None
+    partition: int | None = None
+    offset: int | None = None
+    trace_id: str | None = None
+
+    @property
+    def command_key(self) -> CommandKey:
+        """The idempotency key in full."""
+        return CommandKey(self.source, self.type, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An external id that this command says belongs to an owner (R13)."""
+
+    provider: str
+    external_id: str
+    owner: str
+    resolved_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterUser:
+    """A person signed up: the account exists from now on, and the sign-up grant is made once (R13)."""
+
+    account: str
+    tier: str | None = None
+    time_zone: str | None = None
+    zone: tzinfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkIdentities:
+    """Nothing but links: an event that only tells who an external id is."""
+
+    account: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCredits:
+    """Credits given by an operator or a service."""
+
+    account: str
+    credits: int
+    pool: Pool
+    expires_at: datetime | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdjustCredits:
+    """A signed correction in the purchased pool."""
+
+    account: str
+    credits: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCredits:
+    """Credits from one owner to another, with nothing booked."""
+
+    sender: str
+    receiver: str
+    credits: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuyPack:
+    """A paid checkout of credits. `purchase_key` is the business key; `paid` is in the currency's smallest unit."""
+
+    account: str
+    purchase_key: str
+    credits: int
+    expires_after: timedelta | None = None
+    paid: int | None = None
+    payment_id: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodLine:
+    """One line of a paid invoice that buys a plan for a period."""
+
+    plan: str
+    period_start: datetime
+    period_end: datetime
+    quantity: int
+    trial: bool
+    paid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StartPeriods:
+    """A paid invoice: each of its lines starts a period of a subscription (R4, R14)."""
+
+    account: str
+    subscription_id: str
+    lines: tuple[PeriodLine, ...]
+    invoice_id: str
+    payment_id: str | None = None
+    references: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGeneration:
+    """Reserve the price of a generation (R5)."""
+
+    account: str
+    generation_id: str
+    kind: str
+    model: str | None
+    units: int
+    credits: int | None
+    hold_seconds: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteGeneration:
+    """Capture what a generation cost, or debit it directly when nothing is held (R5)."""
+
+    account: str
+    generation_id: str
+    kind: str | None
+    model: str | None
+    units: int | None
+    credits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndGeneration:
+    """Release what a failed or cancelled generation held (R5)."""
+
+    account: str
+    generation_id: str
+    state: Literal["failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class RefundGeneration:
+    """Give credits of a completed generation back, at most what it took (R7)."""
+
+    account: str
+    generation_id: str
+    credits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBooking:
+    """One atomic transfer from the client to the practitioner (R6)."""
+
+    booking_id: str
+    client: str
+    practitioner: str
+    credits: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelBooking:
+    """Give back what of a booking was not yet given back, or the part named (R6)."""
+
+    booking_id: str
+    client: str | None
+    credits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Do what time has done to an account: lapsed holds, expired lots. Idempotent by state; has no key."""
+
+    account: str
+
+
+Action: TypeAlias = (
+    RegisterUser
+    | LinkIdentities
+    | GrantCredits
+    | AdjustCredits
+    | TransferCredits
+    | BuyPack
+    | StartPeriods
+    | RequestGeneration
+    | CompleteGeneration
+    | EndGeneration
+    | RefundGeneration
+    | RequestBooking
+    | CancelBooking
+    | Settle
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One action under its cause. `fingerprint` is the hash of the content that the key stands for (R8a)."""
+
+    cause: Cause
+    action: Action
+    fingerprint: bytes
+    links: tuple[Link, ...] = ()
+
+
+def accounts_of(action: Action) -> tuple[str, ...]:
+    """The accounts that an action names itself; a business object that it names may add others."""
+    match action:
+        case RequestBooking():
+            return (action.client, action.practitioner)
+        case CancelBooking():
+            return (action.client,) if action.client else ()
+        case TransferCredits():
+            return (action.sender, action.receiver)
+        case _:
+            return (action.account,)

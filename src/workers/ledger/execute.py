@@ -1,0 +1,156 @@
+"""The fold: decide each command of a batch in order, each seeing the effects of those before it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import assert_never
+from uuid import UUID
+
+from workers.ledger import bookings, generations, grants
+from workers.ledger.catalogue import Catalogue
+from workers.ledger.commands import (
+    Action,
+    AdjustCredits,
+    BuyPack,
+    CancelBooking,
+    Command,
+    CompleteGeneration,
+    EndGeneration,
+    GrantCredits,
+    LinkIdentities,
+    RefundGeneration,
+    RegisterUser,
+    RequestBooking,
+    RequestGeneration,
+    Settle,
+    StartPeriods,
+    TransferCredits,
+    accounts_of,
+)
+from workers.ledger.model import Alert, Decided, Entry, Ids, Purchase, Snapshot
+from workers.ledger.outcomes import APPLIED, CONFLICT, DUPLICATE, Outcome, Rejected
+from workers.ledger.writer import Transaction, Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How one command ended. A transaction's id means that it was decided now, not answered from memory."""
+
+    command: Command
+    outcome: Outcome
+    transaction_id: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A folded batch: the decisions in order, and the state that must be written back."""
+
+    decisions: list[Decision]
+    state: Snapshot
+    entries: list[Entry]
+    purchases: list[Purchase]
+    alerts: list[Alert]
+    now: datetime
+
+
+def execute(
+    state: Snapshot, commands: Sequence[Command], *, now: datetime, catalogue: Catalogue, ids: Ids
+) -> Execution:
+    """Decide `commands` in order at the time `now`, changing `state`. Idempotency is checked first (R8).
+
+    Splitting a batch anywhere, with the same `now`, gives the same result. Raises InvariantViolated when a rule
+    of the ledger would break, and then nothing of the state may be written.
+    """
+    writer = Writer(state, catalogue, now, ids)
+    decisions = [_decide_once(writer, command) for command in commands]
+    return Execution(decisions, state, writer.entries, writer.purchases, writer.alerts, now)
+
+
+def _decide_once(writer: Writer, command: Command) -> Decision:
+    if isinstance(command.action, Settle):
+        return Decision(command, _settle(writer, command.action), None)
+    key = command.cause.command_key
+    known = writer.state.decided.get(key)
+    if known is not None:
+        same = known.fingerprint == command.fingerprint
+        return Decision(command, DUPLICATE if same else CONFLICT, None)
+    transaction = Transaction(command.cause, references_of(command.action))
+    outcome = _closed(writer, command.action) or decide(writer, command.action, transaction)
+    writer.state.decided[key] = Decided(command.fingerprint)
+    return Decision(command, outcome, transaction.id(writer.ids))
+
+
+def _settle(writer: Writer, action: Settle) -> Outcome:
+    before = len(writer.entries)
+    writer.account(action.account)
+    return APPLIED if len(writer.entries) > before else DUPLICATE
+
+
+def _closed(writer: Writer, action: Action) -> Rejected | None:
+    for account_id in accounts_of(action):
+        if writer.account(account_id).state != "open":
+            return Rejected("account_closed", account_id)
+    return None
+
+
+def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:  # noqa: C901, PLR0911, PLR0912 - one flat, exhaustive match is the table of contents of the ledger
+    """Apply one action, or say why not."""
+    match action:
+        case RequestGeneration():
+            return generations.request_generation(writer, action, transaction)
+        case CompleteGeneration():
+            return generations.complete_generation(writer, action, transaction)
+        case EndGeneration():
+            return generations.end_generation(writer, action, transaction)
+        case RefundGeneration():
+            return generations.refund_generation(writer, action, transaction)
+        case RequestBooking():
+            return bookings.request_booking(writer, action, transaction)
+        case CancelBooking():
+            return bookings.cancel_booking(writer, action, transaction)
+        case RegisterUser():
+            return grants.register_user(writer, action, transaction)
+        case LinkIdentities():
+            return APPLIED
+        case GrantCredits():
+            return grants.grant_credits(writer, action, transaction)
+        case AdjustCredits():
+            return grants.adjust_credits(writer, action, transaction)
+        case TransferCredits():
+            return grants.transfer_credits(writer, action, transaction)
+        case BuyPack():
+            return grants.buy_pack(writer, action, transaction)
+        case StartPeriods():
+            return grants.start_periods(writer, action, transaction)
+        case Settle():
+            return DUPLICATE
+        case _:
+            assert_never(action)
+
+
+def references_of(action: Action) -> dict[str, str]:
+    """The business ids that an entry's cause names."""
+    match action:
+        case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
+            return {"generation_id": action.generation_id}
+        case RequestBooking() | CancelBooking():
+            return {"booking_id": action.booking_id}
+        case BuyPack() | StartPeriods():
+            return action.references
+        case _:
+            return {}
+
+
+def purchase_keys_of(action: Action, catalogue: Catalogue) -> tuple[str, ...]:
+    """The business keys that deciding an action reads, so that the load can bring them."""
+    match action:
+        case RegisterUser():
+            return (f"signup:{action.account}",)
+        case BuyPack():
+            return (action.purchase_key,)
+        case StartPeriods():
+            return tuple(
+                grants.period_key(catalogue, action.subscription_id, line) for line in action.lines
+            )
+        case _:
+            return ()

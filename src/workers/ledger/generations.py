@@ -1,0 +1,202 @@
+"""Generations: reserve, capture, release, debit, refund (R5, R7, R14)."""
+
+from datetime import timedelta
+
+from workers.ledger.commands import (
+    CompleteGeneration,
+    EndGeneration,
+    RefundGeneration,
+    RequestGeneration,
+)
+from workers.ledger.grants import BALANCE_MAX, too_much
+from workers.ledger.model import Account, Alert, Generation, Pinned
+from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
+from workers.ledger.writer import Move, Transaction, Writer
+
+
+def request_generation(
+    writer: Writer, action: RequestGeneration, transaction: Transaction
+) -> Outcome:
+    """Reserve the price: credits leave `available`, not the balance, and stay pinned to their lots."""
+    account = writer.account(action.account)
+    known = _known(writer, action.generation_id)
+    price = (
+        writer.catalogue.generation_price(action.kind, action.model, action.units) or action.credits
+    )
+    if known is not None:
+        return _repeated_request(account, known, price)
+    if price is None:
+        return Rejected("unknown_price", account.account_id, None, account.available)
+    if price > BALANCE_MAX:
+        return Rejected("invalid_amount", account.account_id, None, account.available)
+    limit = writer.catalogue.daily_generations(account.tier)
+    if limit is not None and writer.usage(account.account_id).generations >= limit:
+        return Rejected("daily_limit", account.account_id, price, account.available)
+    if account.available < price:
+        return Rejected("insufficient_credits", account.account_id, price, account.available)
+
+    seconds = action.hold_seconds or writer.catalogue.hold_seconds(action.kind)
+    taken = writer.take(account, price)
+    generation = Generation(
+        generation_id=action.generation_id,
+        account_id=account.account_id,
+        state="held",
+        kind=action.kind,
+        model=action.model,
+        units=action.units,
+        held=price,
+        pinned=tuple(Pinned(move.lot.lot_id, -move.amount) for move in taken),
+        deadline_at=writer.now + timedelta(seconds=seconds),
+        recorded_at=writer.now,
+        fresh=True,
+    )
+    writer.state.generations[action.generation_id] = generation
+    writer.count_generation(account, generation)
+    writer.write(
+        account, "generation_hold", [Move(move.lot, 0, -move.amount) for move in taken], transaction
+    )
+    return APPLIED
+
+
+def _repeated_request(account: Account, known: Generation, price: int | None) -> Outcome:
+    if known.state != "held":
+        return Rejected("hold_closed", account.account_id, price, account.available)
+    if known.account_id == account.account_id and known.held == price:
+        return DUPLICATE
+    return Rejected("invalid_amount", account.account_id, price, account.available)
+
+
+def complete_generation(
+    writer: Writer, action: CompleteGeneration, transaction: Transaction
+) -> Outcome:
+    """Capture the actual cost and release the rest; without an open hold, debit what was done (R5)."""
+    known = _known(writer, action.generation_id)
+    if known is not None and known.state == "completed":
+        return DUPLICATE
+    cost = _cost(writer, action, known)
+    if known is not None and known.state == "held":
+        return _capture(writer, known, cost or known.held, transaction)
+
+    account = writer.account((known.account_id if known else None) or action.account)
+    if cost is None:
+        return Rejected("unknown_price", account.account_id, None, account.available)
+    if cost > BALANCE_MAX:
+        return Rejected("invalid_amount", account.account_id, None, account.available)
+    if account.available < cost:
+        return Rejected("insufficient_credits", account.account_id, cost, account.available)
+    generation = known or Generation(
+        generation_id=action.generation_id,
+        account_id=account.account_id,
+        state="completed",
+        kind=action.kind,
+        model=action.model,
+        units=action.units,
+        recorded_at=writer.now,
+        fresh=True,
+    )
+    generation.account_id = account.account_id
+    writer.state.generations[action.generation_id] = generation
+    writer.count_generation(account, generation)
+    writer.close_hold(generation, "completed")
+    generation.taken = cost
+    writer.write(account, "generation_debit", writer.take(account, cost), transaction)
+    return APPLIED
+
+
+def _cost(writer: Writer, action: CompleteGeneration, known: Generation | None) -> int | None:
+    """The catalogue's price for the completed units, else the event's amount, else None (R5)."""
+    kind = action.kind or (known.kind if known else None)
+    model = action.model or (known.model if known else None)
+    units = action.units or (known.units if known else None) or 1
+    return writer.catalogue.generation_price(kind, model, units) or action.credits
+
+
+def _capture(
+    writer: Writer, generation: Generation, cost: int, transaction: Transaction
+) -> Outcome:
+    account = writer.account(generation.account_id or "")
+    held = generation.held
+    excess = max(0, cost - held)
+    if excess > account.available:
+        message = f"generation {generation.generation_id} cost {cost} credits; {held} were held and captured"
+        details = {
+            "generation_id": generation.generation_id,
+            "shortfall": excess,
+            "available": account.available,
+        }
+        cause = transaction.published()
+        writer.alerts.append(
+            Alert("capture_shortfall", account.account_id, message, details, cause)
+        )
+        excess = 0
+    captured = min(cost, held)
+    moves, lots, left = [], [], captured
+    for pin in generation.pinned:
+        part = min(pin.credits, left)
+        left -= part
+        lot = writer.lot(pin)
+        lots.append(lot)
+        moves.append(Move(lot, -part, -pin.credits))
+    extra = writer.take(account, excess)
+    generation.taken = captured + excess
+    writer.close_hold(generation, "completed")
+    writer.write(account, "generation_capture", [*moves, *extra], transaction)
+    writer.after_release(account, lots, transaction)
+    return APPLIED
+
+
+def end_generation(writer: Writer, action: EndGeneration, transaction: Transaction) -> Outcome:
+    """Release what was held. An end that arrives before its request leaves a tombstone (R5)."""
+    known = _known(writer, action.generation_id)
+    if known is None:
+        # Refused, because there is nothing to release; remembered, so that the late request is refused too.
+        writer.state.generations[action.generation_id] = Generation(
+            generation_id=action.generation_id,
+            account_id=action.account,
+            state=action.state,
+            recorded_at=writer.now,
+            fresh=True,
+        )
+        return Rejected("unknown_hold", action.account)
+    if known.state == "completed":
+        return Rejected("hold_closed", known.account_id)
+    if known.state != "held":
+        return DUPLICATE
+    account = writer.account(known.account_id or action.account)
+    lots = [writer.lot(pin) for pin in known.pinned]
+    moves = writer.unpin(known)
+    writer.close_hold(known, action.state)
+    writer.write(account, "generation_release", moves, transaction)
+    writer.after_release(account, lots, transaction)
+    return APPLIED
+
+
+def refund_generation(
+    writer: Writer, action: RefundGeneration, transaction: Transaction
+) -> Outcome:
+    """Give credits back to the purchased pool, at most what the generation took (R7)."""
+    known = _known(writer, action.generation_id)
+    if known is None or known.state != "completed" or known.account_id is None:
+        return Rejected("unknown_hold", action.account, action.credits)
+    left = known.taken - known.given_back
+    credits = min(action.credits or left, left)
+    if credits == 0:
+        return DUPLICATE
+    account = writer.account(known.account_id)
+    if too_much(account, credits):
+        return Rejected("invalid_amount", account.account_id, credits)
+    known.given_back += credits
+    known.changed = True
+    reference = f"generation:{known.generation_id}"
+    writer.grant(
+        account, "generation_refund", "purchased", credits, transaction, reference=reference
+    )
+    return APPLIED
+
+
+def _known(writer: Writer, generation_id: str) -> Generation | None:
+    """The generation, after its account is settled: a hold past its deadline counts as released (R5)."""
+    known = writer.state.generations.get(generation_id)
+    if known is not None and known.account_id is not None:
+        writer.account(known.account_id)
+    return known

@@ -1,0 +1,381 @@
+"""The only place where a balance changes: moves on lots become an entry and new totals.
+
+Invariants, checked at every write and again by the database: an account's totals equal the sum of its lots,
+nothing is negative, versions have no gaps, and each entry hangs on the one before it by its hash. Time settles
+first: an account is settled before a decision reads it, so that what has lapsed or expired cannot be spent
+whether or not the clock has run (R3, R4, R5).
+"""
+
+from bisect import insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from typing import NamedTuple
+from uuid import UUID
+
+from workers.ledger.catalogue import Catalogue
+from workers.ledger.commands import Cause, Pool
+from workers.ledger.model import (
+    Account,
+    Alert,
+    Entry,
+    Generation,
+    GenerationState,
+    Ids,
+    Kind,
+    Lot,
+    LotMove,
+    Pinned,
+    Purchase,
+    Snapshot,
+    Usage,
+)
+from workers.ledger.outcomes import InvariantViolated
+
+CLOCK = "clock"
+SPENDING: frozenset[Kind] = frozenset(
+    {"generation_hold", "generation_capture", "generation_debit", "booking_debit", "transfer"}
+)
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What belongs together: one cause, one id, drawn only if something is written."""
+
+    cause: Cause
+    references: Mapping[str, str]
+    _id: UUID | None = None
+    _published: dict[str, str] | None = None
+
+    def id(self, ids: Ids) -> UUID:
+        """The transaction's id."""
+        if self._id is None:
+            self._id = next(ids)
+        return self._id
+
+    def published(self) -> dict[str, str]:
+        """The cause as entries keep it and `credit.changed` tells it."""
+        if self._published is None:
+            cause = self.cause
+            self._published = {
+                "source": cause.source,
+                "type": cause.type,
+                "id": cause.id,
+                "idempotency_key": cause.key,
+                **self.references,
+            }
+        return self._published
+
+
+class Move(NamedTuple):
+    """Signed credits of one lot's balance, and signed credits of what it holds."""
+
+    lot: Lot
+    amount: int
+    held: int
+
+
+@dataclass(slots=True)
+class Writer:
+    """The fold's hand: knows the state, the time of the decision and where new ids come from."""
+
+    state: Snapshot
+    catalogue: Catalogue
+    now: datetime
+    ids: Ids
+    entries: list[Entry] = field(default_factory=list)
+    purchases: list[Purchase] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
+
+    def account(self, account_id: str) -> Account:
+        """The account, settled. Raises InvariantViolated when the load did not bring it."""
+        account = self.state.accounts.get(account_id)
+        if account is None:
+            raise InvariantViolated(f"{account_id} was not loaded and locked")
+        if not account.settled:
+            account.settled = True
+            self._settle(account)
+        return account
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        account: Account,
+        kind: Kind,
+        moves: Iterable[Move],
+        transaction: Transaction,
+        *,
+        debt: int = 0,
+    ) -> Entry:
+        """Apply moves to lots and account, and journal them as the account's next version (R9)."""
+        before = account.balance
+        subscription = purchased = held = 0
+        stored = []
+        for move in moves:
+            self._move(account, kind, move)
+            held += move.held
+            if move.lot.pool == "subscription":
+                subscription += move.amount
+            else:
+                purchased += move.amount
+            stored.append(LotMove(move.lot.lot_id, move.lot.pool, move.amount, move.held))
+        account.subscription += subscription
+        account.purchased += purchased
+        account.held += held
+        account.debt += debt
+        account.version += 1
+        account.changed = True
+        # R12: never earlier than the account's last entry, whatever the database's clock did since.
+        account.updated_at = max(self.now, account.updated_at or self.now)
+        cause = transaction.cause
+        entry = Entry(
+            account_id=account.account_id,
+            version=account.version,
+            entry_id=next(self.ids),
+            transaction_id=transaction.id(self.ids),
+            kind=kind,
+            subscription_delta=subscription,
+            purchased_delta=purchased,
+            held_delta=held,
+            debt_delta=debt,
+            balance_before=before,
+            balance_after=account.balance,
+            subscription_after=account.subscription,
+            purchased_after=account.purchased,
+            held_after=account.held,
+            debt_after=account.debt,
+            moves=tuple(stored),
+            member_id=None,
+            cause=transaction.published(),
+            topic=cause.topic,
+            partition=cause.partition,
+            offset=cause.offset,
+            trace_id=cause.trace_id,
+            catalogue_version=self.catalogue.version,
+            occurred_at=cause.occurred_at,
+            recorded_at=account.updated_at,
+            previous_hash=account.chain_hash,
+        )
+        account.chain_hash = entry.hash()
+        self.entries.append(entry)
+        self._warn(account, entry)
+        if (
+            min(
+                account.subscription,
+                account.purchased,
+                account.held,
+                account.available,
+                account.debt,
+            )
+            < 0
+        ):
+            raise InvariantViolated(
+                f"{account.account_id} would have a negative total at version {account.version}"
+            )
+        return entry
+
+    def _warn(self, account: Account, entry: Entry) -> None:
+        if entry.debt_delta > 0:
+            message = f"{account.account_id} owes {account.debt} credits"
+            details = {"debt": account.debt, "opened_by": entry.kind}
+            self.alerts.append(
+                Alert("debt_opened", account.account_id, message, details, entry.cause)
+            )
+        low = self.catalogue.alerts.low_balance
+        spent = entry.held_delta - entry.subscription_delta - entry.purchased_delta
+        # The crossing alone: an account that stays low is not news.
+        if entry.kind in SPENDING and account.available < low <= account.available + spent:
+            message = (
+                f"{account.account_id} has {account.available} credits available, fewer than {low}"
+            )
+            details = {"available": account.available, "threshold": low}
+            self.alerts.append(
+                Alert("low_balance", account.account_id, message, details, entry.cause)
+            )
+
+    @staticmethod
+    def _move(account: Account, kind: Kind, move: Move) -> None:
+        lot = move.lot
+        lot.remaining += move.amount
+        lot.held += move.held
+        lot.changed = True
+        if kind == "expiry":
+            lot.expired -= move.amount
+        if (
+            not 0 <= lot.held <= lot.remaining <= lot.granted
+            or lot.account_id != account.account_id
+        ):
+            raise InvariantViolated(
+                f"lot {lot.lot_id} of {account.account_id} would be overdrawn by {kind}"
+            )
+        if lot.remaining == 0:
+            account.lots.remove(lot)
+
+    # -- credits in and out -------------------------------------------------------------------------------
+
+    def grant(
+        self,
+        account: Account,
+        kind: Kind,
+        pool: Pool,
+        credits: int,
+        transaction: Transaction,
+        *,
+        reference: str,
+        expires_at: datetime | None = None,
+        subscription_id: str | None = None,
+        period_start: datetime | None = None,
+        carried: Iterable[Move] = (),
+    ) -> Lot:
+        """Make a lot and pay the debt from it (R7). `carried` are unheld credits that older lots hand over (R4)."""
+        carried = tuple(carried)
+        total = credits - sum(move.amount for move in carried)
+        lot = Lot(
+            lot_id=next(self.ids),
+            account_id=account.account_id,
+            pool=pool,
+            granted=total,
+            remaining=0,
+            source_kind=kind,
+            source_reference=reference,
+            granted_version=account.version + 1,
+            granted_at=max(self.now, account.updated_at or self.now),
+            expires_at=expires_at,
+            subscription_id=subscription_id,
+            period_start=period_start,
+            fresh=True,
+        )
+        self.state.lots[lot.lot_id] = lot
+        insort(account.lots, lot, key=Lot.order)
+        self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
+        if expires_at is not None and expires_at <= self.now:
+            self._expire(account, lot)
+        self.pay_debt(account, transaction)
+        return lot
+
+    def take(self, account: Account, credits: int, *, first: Lot | None = None) -> list[Move]:
+        """Plan to take unheld credits in consumption order (R3), from `first` before all others if given."""
+        moves = []
+        missing = credits
+        lots = (
+            account.lots
+            if first is None
+            else [first, *(lot for lot in account.lots if lot is not first)]
+        )
+        for lot in lots:
+            if missing == 0:
+                break
+            part = min(missing, lot.unheld)
+            if part > 0:
+                moves.append(Move(lot, -part, 0))
+                missing -= part
+        if missing:
+            raise InvariantViolated(
+                f"{account.account_id} has {missing} credits less than its totals say"
+            )
+        return moves
+
+    def pay_debt(self, account: Account, transaction: Transaction) -> None:
+        """Let unheld credits pay what is owed (R7): debt beside unheld credits is a defect."""
+        payment = min(account.debt, account.available)
+        if payment > 0:
+            self.write(
+                account, "debt_payment", self.take(account, payment), transaction, debt=-payment
+            )
+
+    def unpin(self, generation: Generation) -> list[Move]:
+        """Plan to release every credit that a hold pinned."""
+        return [Move(self.lot(pin), 0, -pin.credits) for pin in generation.pinned]
+
+    def lot(self, pin: Pinned) -> Lot:
+        """The lot of a pin. Raises InvariantViolated when the load did not bring it."""
+        lot = self.state.lots.get(pin.lot_id)
+        if lot is None:
+            raise InvariantViolated(f"lot {pin.lot_id} of an open hold was not loaded")
+        return lot
+
+    def after_release(
+        self, account: Account, lots: Iterable[Lot], transaction: Transaction
+    ) -> None:
+        """What a release sets free may be past its time, or owed (R4, R7)."""
+        for lot in lots:
+            self._expire(account, lot)
+        self.pay_debt(account, transaction)
+
+    # -- time ---------------------------------------------------------------------------------------------
+
+    def _settle(self, account: Account) -> None:
+        for generation in account.due:
+            if generation.state == "held":
+                self._lapse(account, generation)
+        for lot in [
+            lot for lot in account.lots if lot.expires_at is not None and lot.expires_at <= self.now
+        ]:
+            self._expire(account, lot)
+
+    def _lapse(self, account: Account, generation: Generation) -> None:
+        """A hold past its deadline counts as released (R5)."""
+        deadline = generation.deadline_at or self.now
+        references = {"generation_id": generation.generation_id}
+        transaction = self._time(
+            account, "hold.deadline", generation.generation_id, deadline, references
+        )
+        lots = [self.lot(pin) for pin in generation.pinned]
+        self.write(account, "generation_release", self.unpin(generation), transaction)
+        self.close_hold(generation, "lapsed")
+        self.after_release(account, lots, transaction)
+
+    def _expire(self, account: Account, lot: Lot) -> None:
+        """Take the unheld remainder of a lot past its time (R4); nothing left: no entry."""
+        if lot.expires_at is None or lot.expires_at > self.now or lot.unheld <= 0:
+            return
+        lot_id = str(lot.lot_id)
+        transaction = self._time(account, "lot.expiry", lot_id, lot.expires_at, {"lot_id": lot_id})
+        self.write(account, "expiry", [Move(lot, -lot.unheld, 0)], transaction)
+
+    @staticmethod
+    def _time(
+        account: Account, type_: str, id_: str, occurred_at: datetime, references: Mapping[str, str]
+    ) -> Transaction:
+        """A transaction whose cause is time itself. Its key names the version: a lot may expire in two parts."""
+        return Transaction(
+            Cause(CLOCK, type_, id_, f"{id_}/{account.version + 1}", occurred_at), references
+        )
+
+    # -- bookkeeping of generations, shared by their decisions and by time -------------------------------------
+
+    def close_hold(self, generation: Generation, state: GenerationState) -> None:
+        """End a reservation; any end but completion gives the day's count back (R14)."""
+        generation.state = state
+        generation.held = 0
+        generation.pinned = ()
+        generation.deadline_at = None
+        generation.recorded_at = self.now
+        generation.changed = True
+        if (
+            state != "completed"
+            and generation.counted_on is not None
+            and generation.account_id is not None
+        ):
+            usage = self.usage(generation.account_id, generation.counted_on)
+            usage.generations -= 1
+            usage.changed = True
+            generation.counted_on = None
+
+    def usage(self, account_id: str, day: date | None = None) -> Usage:
+        """The account's counter of a day; of its own today when none is given."""
+        if day is None:
+            day = self.now.astimezone(self.state.accounts[account_id].zone).date()
+        return self.state.usage.setdefault((account_id, day), Usage(account_id=account_id, day=day))
+
+    def count_generation(self, account: Account, generation: Generation) -> None:
+        """Count a generation on the account's own day, where the account's tier has a limit (R14)."""
+        if (
+            generation.counted_on is None
+            and self.catalogue.daily_generations(account.tier) is not None
+        ):
+            usage = self.usage(account.account_id)
+            usage.generations += 1
+            usage.changed = True
+            generation.counted_on = usage.day
