@@ -317,19 +317,6 @@ CREATE TABLE usage_days (
     PRIMARY KEY (account_id, member_id, day)
 ) WITH (fillfactor = 70);
 
--- What will be published (R10). The first five columns are those of Debezium's outbox event router; `sequence`
--- follows commit order for each account, because its rows are inserted while the account's row is locked.
-CREATE TABLE outbox (
-    id            uuid NOT NULL,
-    aggregatetype text NOT NULL,
-    aggregateid   text NOT NULL,
-    type          text NOT NULL,
-    payload       bytea NOT NULL,
-    headers       jsonb NOT NULL,
-    shard         smallint NOT NULL,
-    sequence      bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
-
 -- Messages that could not be applied (R11), as they came: bytes, because the text may be what is wrong with them.
 CREATE TABLE dead_letters (
     dead_letter_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -357,6 +344,21 @@ CREATE TABLE dead_letters (
     UNIQUE (topic, partition, kafka_offset, record_hash)
 );
 CREATE INDEX dead_letters_by_state ON dead_letters (state, reason);
+
+-- What will be published (R10). The first five columns are those of Debezium's outbox event router; `sequence`
+-- follows commit order for each account, because its rows are inserted while the account's row is locked. A dead
+-- letter's row names it instead of repeating its bytes.
+CREATE TABLE outbox (
+    id             uuid NOT NULL,
+    aggregatetype  text NOT NULL,
+    aggregateid    text NOT NULL,
+    type           text NOT NULL,
+    payload        bytea NOT NULL,
+    headers        jsonb NOT NULL,
+    shard          smallint NOT NULL,
+    dead_letter_id bigint REFERENCES dead_letters,
+    sequence       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000, autovacuum_vacuum_cost_delay = 0);
 
 -- Messages that wait for something they need (R11), and dead letters on their way back in.
 CREATE TABLE parked (

@@ -145,6 +145,7 @@ class RequestGeneration:
     units: int
     credits: int | None
     hold_seconds: int | None
+    organization_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ class CompleteGeneration:
     model: str | None
     units: int | None
     credits: int | None
+    organization_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

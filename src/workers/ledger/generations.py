@@ -25,6 +25,9 @@ def request_generation(
     )
     if known is not None:
         return _repeated_request(account, known, price)
+    if action.organization_id is not None:
+        # R15: no organisation has members yet, so every spender is a stranger to it.
+        return Rejected("not_a_member", account.account_id, price, account.available)
     if price is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if price > BALANCE_MAX:
@@ -78,6 +81,8 @@ def complete_generation(
         return _capture(writer, known, cost or known.held, transaction)
 
     account = writer.account((known.account_id if known else None) or action.account)
+    if action.organization_id is not None:
+        return Rejected("not_a_member", account.account_id, cost, account.available)
     if cost is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if cost > BALANCE_MAX:

@@ -1,0 +1,50 @@
+"""One module for each consumed source: a record in, a command out once its owners are known.
+
+A source does no I/O. What it cannot read it refuses with the reason of a dead letter; what is nobody's business
+it ignores; what needs an external id resolved says so before and builds its command after.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from workers.ledger.catalogue import Catalogue
+from workers.messages.record import Record, Refused
+from workers.sources.account import read_account
+from workers.sources.booking import read_booking
+from workers.sources.generation import read_generation
+from workers.sources.stripe import read_stripe
+from workers.sources.understood import Identities, Ignored, Understood, Waiting
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All sources, with what they need to read a record."""
+
+    catalogue: Catalogue
+    webhook_secrets: tuple[str, ...]
+    record_bytes_max: int
+
+    def read(self, record: Record) -> Understood | Ignored:
+        """Understand one record. Raises Refused for one that can never be applied as it is."""
+        size = len(record.value or b"")
+        if size > self.record_bytes_max:
+            raise Refused("too_large", f"{size} bytes; a record may have {self.record_bytes_max}")
+        return self._readers[record.topic](record)
+
+    @cached_property
+    def _readers(self) -> dict[str, Callable[[Record], Understood | Ignored]]:
+        def stripe(record: Record) -> Understood | Ignored:
+            return read_stripe(
+                record, catalogue=self.catalogue, webhook_secrets=self.webhook_secrets
+            )
+
+        return {
+            "stripe.webhook": stripe,
+            "generation.events": read_generation,
+            "booking.events": read_booking,
+            "account.events": read_account,
+        }
+
+
+__all__ = ["Identities", "Ignored", "Sources", "Understood", "Waiting"]

@@ -1,0 +1,145 @@
+"""The envelope: CloudEvents 1.0 over Kafka, binary or structured, and JSON read strictly.
+
+Source: CloudEvents 1.0.2, Kafka protocol binding. The content type decides the mode.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import jiter
+
+from workers.messages.record import Record, Refused
+
+ID = re.compile(r"^[!-~]{1,255}$")
+TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+STRUCTURED = "application/cloudevents"
+DATASCHEMA_VERSION = re.compile(r"/v(\d+)/?$")
+TYPE_VERSION = re.compile(r"^(.*)\.v(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A CloudEvent whose envelope is right; its data has not been looked at."""
+
+    source: str
+    type: str
+    id: str
+    key: str
+    occurred_at: datetime
+    trace_id: str | None
+    data: Any
+
+
+def read_json(value: bytes | None) -> Any:
+    """Parse JSON strictly. Raises Refused for NaN, duplicate keys, lone surrogates, depth, and what is not JSON."""
+    if not value:
+        raise Refused(
+            "malformed", "the value is empty" if value == b"" else "the value is null (a tombstone)"
+        )
+    try:
+        return jiter.from_json(value, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError as error:
+        raise Refused("malformed", f"not acceptable JSON: {error}") from error
+
+
+def read_event(record: Record, *, types: frozenset[str]) -> Event:
+    """Take a record's envelope off. `types` are those that exist in version 1.
+
+    Raises:
+        Refused: the envelope is broken, or of a version that this release does not speak.
+    """
+    headers = record.text_headers()
+    content_type = headers.get("content-type", "").strip().lower()
+    if content_type.startswith(STRUCTURED):
+        if not content_type.startswith(STRUCTURED + "+json"):
+            raise Refused(
+                "malformed",
+                f"content-type {content_type!r}: only application/cloudevents+json is read",
+            )
+        attributes = read_json(record.value)
+        if not isinstance(attributes, dict):
+            raise Refused("malformed", "a structured CloudEvent is a JSON object")
+        data_type = attributes.get("datacontenttype", "application/json")
+        data = attributes.get("data")
+    else:
+        attributes = {name[3:]: value for name, value in headers.items() if name.startswith("ce_")}
+        data_type = content_type or "application/json"
+        data = None  # parsed below, after the version is known
+    _refuse_versions(attributes, types)
+    if not isinstance(data_type, str) or not _is_json(data_type):
+        raise Refused("malformed", f"content type {data_type!r} is not JSON")
+    if not content_type.startswith(STRUCTURED):
+        data = read_json(record.value)
+    id_ = _attribute(attributes, "id")
+    traceparent = attributes.get("traceparent") or headers.get("traceparent") or ""
+    trace = TRACEPARENT.match(traceparent) if isinstance(traceparent, str) else None
+    return Event(
+        source=_attribute(attributes, "source"),
+        type=_attribute(attributes, "type"),
+        id=id_,
+        key=_attribute(attributes, "idempotencykey") if "idempotencykey" in attributes else id_,
+        occurred_at=_time(attributes.get("time"), record.timestamp_at),
+        trace_id=trace[1] if trace else None,
+        data=data,
+    )
+
+
+def _is_json(content_type: str) -> bool:
+    media = content_type.split(";", maxsplit=1)[0].strip().lower()
+    return media in {"application/json", "text/json"} or media.endswith("+json")
+
+
+def _attribute(attributes: dict[str, Any], name: str) -> str:
+    value = attributes.get(name)
+    if not isinstance(value, str) or ID.match(value) is None:
+        problem = (
+            "is missing"
+            if value is None
+            else "must be 1–255 printable ASCII characters without spaces"
+        )
+        raise Refused("malformed", f"CloudEvents attribute {name!r} {problem}")
+    return value
+
+
+def _refuse_versions(attributes: dict[str, Any], types: frozenset[str]) -> None:
+    version = attributes.get("specversion")
+    if version is None:
+        raise Refused("malformed", "CloudEvents attribute 'specversion' is missing")
+    if version != "1.0":
+        raise Refused(
+            "unsupported_version",
+            f"CloudEvents specversion {str(version)[:40]!r}; this release reads 1.0",
+        )
+    type_ = attributes.get("type")
+    versioned = TYPE_VERSION.match(type_) if isinstance(type_, str) else None
+    if versioned is not None and versioned[1] in types:
+        raise Refused(
+            "unsupported_version",
+            f"{versioned[1]} version {versioned[2]}; this release reads version 1",
+        )
+    schema = attributes.get("dataschema")
+    found = DATASCHEMA_VERSION.search(schema) if isinstance(schema, str) else None
+    if found is not None and found[1] != "1" and type_ in types:
+        raise Refused(
+            "unsupported_version", f"{type_} version {found[1][:20]}; this release reads version 1"
+        )
+
+
+def _time(value: Any, default: datetime) -> datetime:
+    """The event's own time (display only, R12). Raises Refused for one that is not RFC 3339."""
+    if value is None:
+        return default
+    try:
+        moment = datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            "malformed", "CloudEvents attribute 'time' is not an RFC 3339 time"
+        ) from error
+    if moment.tzinfo is None:
+        raise Refused("malformed", "CloudEvents attribute 'time' has no time zone")
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise Refused("malformed", "CloudEvents attribute 'time' is out of range") from error

@@ -1,0 +1,224 @@
+"""What is published: the models of `credit.changed`, `credit.rejected`, `credit.alert`, and their outbox rows.
+
+The models are the contract and make the schemas. The rows are built beside them as plain dictionaries, because
+they are built for every entry; a test holds the two together.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal, NamedTuple
+from uuid import UUID
+from zlib import crc32
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from workers.ledger.commands import Pool
+from workers.ledger.model import Alert, Entry, Kind
+from workers.ledger.outcomes import Reason, Rejected
+
+SHARDS = 16
+CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
+Amount = Annotated[int, Field(ge=0, description="whole credits")]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class ChangedLot(_Message):
+    """What a change did to one lot."""
+
+    lot_id: str
+    pool: Pool
+    amount: int
+    held: Annotated[int, Field(description="change of what the lot holds")] = 0
+
+
+class Breakdown(_Message):
+    """The change by pool and by lot."""
+
+    subscription: int
+    purchased: int
+    lots: list[ChangedLot]
+
+
+class ChangedBalance(_Message):
+    """The account's totals after the change, and its balance before."""
+
+    before: Amount
+    after: Amount
+    subscription: Amount
+    purchased: Amount
+    held: Amount
+    available: Amount
+    debt: Amount
+
+
+class CauseOfChange(_Message):
+    """The event behind it, and the business object that it is about."""
+
+    source: str
+    type: str
+    id: str
+    idempotency_key: str
+    generation_id: str | None = None
+    booking_id: str | None = None
+
+
+class CreditChanged(_Message):
+    """One account version. Ignore a version that is not newer than yours; on a gap, read the account."""
+
+    account_id: str
+    version: Annotated[int, Field(ge=1, description="gapless from 1 for each account")]
+    kind: Kind
+    amount: Annotated[int, Field(description="change of the balance: after − before")]
+    balance: ChangedBalance
+    member_id: str | None
+    breakdown: Breakdown
+    cause: CauseOfChange
+    occurred_at: datetime
+    recorded_at: datetime
+
+
+class CreditRejected(_Message):
+    """A command refused for a business reason. Its key stays refused."""
+
+    account_id: str | None
+    cause: CauseOfChange
+    reason: Reason
+    required: Amount | None
+    available: Amount | None
+    recorded_at: datetime
+
+
+class CreditAlert(_Message):
+    """Something a person should know."""
+
+    code: str
+    severity: Literal["warning", "critical"]
+    account_id: str | None
+    message: str
+    details: dict[str, Any]
+    cause: CauseOfChange | None
+    recorded_at: datetime
+
+
+class Publication(NamedTuple):
+    """One outbox row. `headers` are the CloudEvents attributes that differ from message to message."""
+
+    id: UUID
+    topic: str
+    key: str
+    type: str
+    payload: bytes
+    headers: str
+    shard: int
+    dead_letter_id: int | None = None
+
+
+def shard_of(key: str) -> int:
+    """The outbox shard of an account: one shard has one publisher, so one account keeps its order."""
+    return crc32(key.encode()) % SHARDS
+
+
+def rfc3339(moment: datetime) -> str:
+    """UTC with a Z."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def changed_lots(entry: Entry) -> list[dict[str, Any]]:
+    """An entry's allocation as it is stored and published."""
+    return [
+        {"lot_id": str(move.lot_id), "pool": move.pool, "amount": move.amount, "held": move.held}
+        for move in entry.moves
+    ]
+
+
+def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
+    """`credit.changed` for one entry; its event id is the entry's, the same at every repeat (R10)."""
+    recorded_at = rfc3339(entry.recorded_at)
+    payload = {
+        "account_id": entry.account_id,
+        "version": entry.version,
+        "kind": entry.kind,
+        "amount": entry.subscription_delta + entry.purchased_delta,
+        "balance": {
+            "before": entry.balance_before,
+            "after": entry.balance_after,
+            "subscription": entry.subscription_after,
+            "purchased": entry.purchased_after,
+            "held": entry.held_after,
+            "available": entry.balance_after - entry.held_after,
+            "debt": entry.debt_after,
+        },
+        "member_id": entry.member_id,
+        "breakdown": {
+            "subscription": entry.subscription_delta,
+            "purchased": entry.purchased_delta,
+            "lots": lots,
+        },
+        "cause": entry.cause,
+        "occurred_at": rfc3339(entry.occurred_at),
+        "recorded_at": recorded_at,
+    }
+    return _publication(
+        entry.entry_id, CHANGED, entry.account_id, payload, recorded_at, entry.trace_id
+    )
+
+
+def rejected(
+    outcome: Rejected, cause: Mapping[str, str], *, id_: UUID, now: datetime, trace_id: str | None
+) -> Publication:
+    """`credit.rejected` for one refused command; its event id is the command's transaction (R10)."""
+    recorded_at = rfc3339(now)
+    payload = {
+        "account_id": outcome.account,
+        "cause": cause,
+        "reason": outcome.reason,
+        "required": outcome.required,
+        "available": outcome.available,
+        "recorded_at": recorded_at,
+    }
+    return _publication(
+        id_, REJECTED, outcome.account or cause["id"], payload, recorded_at, trace_id
+    )
+
+
+def alert(raised: Alert, *, id_: UUID, now: datetime) -> Publication:
+    """`credit.alert`."""
+    recorded_at = rfc3339(now)
+    critical = raised.code in {"manual_fix_required", "identity_disagreement"}
+    payload = {
+        "code": raised.code,
+        "severity": "critical" if critical else "warning",
+        "account_id": raised.account_id,
+        "message": raised.message,
+        "details": raised.details,
+        "cause": raised.cause or None,
+        "recorded_at": recorded_at,
+    }
+    return _publication(id_, ALERT, raised.account_id or raised.code, payload, recorded_at, None)
+
+
+def dead_letter(
+    dead_letter_id: int, topic: str, reason: str, *, id_: UUID, now: datetime
+) -> Publication:
+    """The record on `<in-topic>.dead`; the relay reads its bytes from the dead letter itself."""
+    key = f"dead:{dead_letter_id}"
+    headers = orjson.dumps({"reason": reason, "recorded_at": rfc3339(now)}).decode()
+    return Publication(
+        id_, f"{topic}.dead", key, "dead_letter", b"", headers, shard_of(key), dead_letter_id
+    )
+
+
+def _publication(
+    id_: UUID, type_: str, key: str, payload: Mapping[str, Any], time: str, trace_id: str | None
+) -> Publication:
+    headers = {"ce_time": time}
+    if trace_id:
+        # Our step is a span of its own in the caller's trace; its id is part of the event's.
+        headers["traceparent"] = f"00-{trace_id}-{id_.hex[-16:]}-01"
+    return Publication(
+        id_, type_, key, type_, orjson.dumps(payload), orjson.dumps(headers).decode(), shard_of(key)
+    )

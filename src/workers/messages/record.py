@@ -1,0 +1,95 @@
+"""A Kafka record as it came: bytes and coordinates, before anybody has understood it."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+import orjson
+
+Header: TypeAlias = tuple[str, bytes | None]
+
+DeadReason: TypeAlias = Literal[
+    "malformed",
+    "unsupported_version",
+    "bad_signature",
+    "thin_event",
+    "idempotency_conflict",
+    "unresolved",
+    "too_large",
+    "type_not_allowed",
+    "database_rejected",
+]
+
+
+class Refused(Exception):  # noqa: N818 - a verdict on a message, not a failure of ours
+    """This message can never be applied as it is; `reason` is its dead letter's, `detail` tells a person why.
+
+    `manual_fix` says that somebody paid for something we could not grant: it is alerted, not only kept.
+    """
+
+    def __init__(self, reason: DeadReason, detail: str, *, manual_fix: bool = False) -> None:
+        super().__init__(detail)
+        self.reason: DeadReason = reason
+        self.detail = detail
+        self.manual_fix = manual_fix
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One message. `topic` is the contract's name, without this cluster's prefix."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[Header, ...]
+    timestamp_at: datetime
+
+    def text_headers(self) -> dict[str, str]:
+        """Headers that are UTF-8 text, names in lower case. Raises Refused for one that is not."""
+        headers = {}
+        for name, value in self.headers:
+            try:
+                headers[name.lower()] = (value or b"").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Refused("malformed", f"header {name!r} is not UTF-8") from error
+        return headers
+
+    def hash(self) -> bytes:
+        """Tells this record from another one at the same coordinates of a topic that was made anew."""
+        digest = hashlib.sha256()
+        for part in (
+            self.key,
+            self.value,
+            *(piece for name, value in self.headers for piece in (name.encode(), value)),
+        ):
+            digest.update(b"-" if part is None else b"+%d:" % len(part))
+            digest.update(part or b"")
+        return digest.digest()
+
+
+def encode_headers(headers: tuple[Header, ...]) -> str:
+    """Headers as JSON that any database takes: base64 of names and values, which may be any bytes."""
+    coded = [
+        [
+            base64.b64encode(name.encode("utf-8", "surrogatepass")).decode(),
+            None if value is None else base64.b64encode(value).decode(),
+        ]
+        for name, value in headers
+    ]
+    return orjson.dumps(coded).decode()
+
+
+def decode_headers(stored: str | bytes | list[Any]) -> tuple[Header, ...]:
+    """The inverse of `encode_headers`."""
+    coded = stored if isinstance(stored, list) else orjson.loads(stored)
+    return tuple(
+        (
+            base64.b64decode(name).decode("utf-8", "surrogatepass"),
+            None if value is None else base64.b64decode(value),
+        )
+        for name, value in coded
+    )

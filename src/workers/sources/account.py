@@ -1,0 +1,103 @@
+"""Account events → commands: sign-up, links, grants, adjustments, transfers (R13, R14)."""
+
+from zoneinfo import ZoneInfo
+
+from workers.ledger.commands import (
+    Action,
+    AdjustCredits,
+    Command,
+    GrantCredits,
+    Link,
+    LinkIdentities,
+    RegisterUser,
+    TransferCredits,
+)
+from workers.messages.inbound import (
+    ACCOUNT_TYPES,
+    ACCOUNT_TYPES_TO_COME,
+    CreditsAdjusted,
+    CreditsGranted,
+    CreditsTransferred,
+    Data,
+    UserCreated,
+    UserLinked,
+)
+from workers.messages.record import Record, Refused
+from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
+from workers.sources.understood import Identities, Ignored, Understood
+
+
+def read_account(record: Record) -> Understood | Ignored:
+    """Understand a record of `account.events`. Raises Refused for one that can never be applied."""
+    event = open_envelope(record, {**ACCOUNT_TYPES, **dict.fromkeys(ACCOUNT_TYPES_TO_COME, Data)})
+    if isinstance(event, Ignored):
+        return event
+    if event.type in ACCOUNT_TYPES_TO_COME:
+        detail = f"{event.type} is not applied by this release; replay this dead letter after the upgrade"
+        raise Refused("unsupported_version", detail)
+    data = read_data(ACCOUNT_TYPES[event.type], event.data)
+    cause, content = cause_of(event, record), fingerprint(event.type, data)
+
+    def build(identities: Identities) -> Command:
+        return Command(cause, _action(data, identities), content, _links(data, identities))
+
+    return Understood(cause, _external_ids(data), build)
+
+
+def _owner(data: CreditsGranted | CreditsAdjusted, identities: Identities) -> str:
+    return identities.user(data.user_id) if data.user_id else f"org:{data.organization_id}"
+
+
+def _action(data: Data, identities: Identities) -> Action:
+    match data:
+        case UserCreated():
+            zone = ZoneInfo(data.time_zone) if data.time_zone else None
+            return RegisterUser(identities.user(data.user_id), data.tier, data.time_zone, zone)
+        case UserLinked():
+            return LinkIdentities(identities.user(data.user_id))
+        case CreditsGranted():
+            return GrantCredits(
+                _owner(data, identities), data.credits, data.pool, data.expires_at, data.reason
+            )
+        case CreditsAdjusted():
+            return AdjustCredits(_owner(data, identities), data.credits, data.reason)
+        case CreditsTransferred():
+            sender, receiver = identities.user(data.from_user_id), identities.user(data.to_user_id)
+            return TransferCredits(sender, receiver, data.credits, data.reason)
+        case _:
+            raise TypeError(f"{type(data).__name__} is not an account event")
+
+
+def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
+    match data:
+        case UserCreated():
+            owner = identities.user(data.user_id)
+            links = [
+                Link(provider, id_, owner, "user.created")
+                for provider, id_ in data.external_ids.items()
+            ]
+            if data.email:
+                links.append(Link("email", data.email.lower(), owner, "user.created"))
+            return tuple(links)
+        case UserLinked():
+            return (
+                Link(data.provider, data.external_id, identities.user(data.user_id), "user.linked"),
+            )
+        case _:
+            return ()
+
+
+def _external_ids(data: Data) -> tuple[str, ...]:
+    """Every id that may stand in the mapping table: those named, and those that will be written."""
+    match data:
+        case UserCreated():
+            email = (data.email.lower(),) if data.email else ()
+            return (data.user_id, *data.external_ids.values(), *email)
+        case UserLinked():
+            return (data.user_id, data.external_id)
+        case CreditsGranted() | CreditsAdjusted():
+            return (data.user_id,) if data.user_id else ()
+        case CreditsTransferred():
+            return (data.from_user_id, data.to_user_id)
+        case _:
+            return ()
