@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_KEEPCAPS = 8
+_PR_SET_SECUREBITS = 28
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
+_SECBIT_NO_SETUID_FIXUP = 4
 _CAPABILITY_VERSION_3 = 0x20080522
 # Reading and searching is all that is needed; containers often hold only the first of the two,
 # which allows writing as well.
@@ -89,7 +90,9 @@ def _capability_for(paths: list[str], uid: int, gid: int) -> int | None:
 def _become(libc: ctypes.CDLL, uid: int, gid: int, capability: int | None) -> None:
     """Give up root for good, keeping at most one capability through the coming exec."""
     if capability is not None:
-        _prctl(libc, _PR_SET_KEEPCAPS, 1)
+        # Changing the user then leaves capabilities alone, and access(2), which PostgreSQL and the
+        # JVM ask before they open a file, counts the capability that is kept.
+        _prctl(libc, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
     try:
         os.setgroups([])
     except PermissionError:

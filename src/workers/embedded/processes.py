@@ -200,12 +200,15 @@ class Guarded:
         with self._log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_from_bytes, size - 16_384))
-            lines = file.read().decode(errors="replace").strip().splitlines()[-_QUOTED_LINES:]
-        return (
-            "".join([f" The end of {self._log}:", *(f"\n  {line}" for line in lines)])
-            if lines
-            else ""
-        )
+            text = file.read().decode(errors="replace")
+        # What happened, not where in the JVM's stack.
+        lines = [
+            line for line in text.splitlines() if line.strip() and not line.startswith("\tat ")
+        ]
+        if not lines:
+            return ""
+        quoted = "".join(f"\n  {line}" for line in lines[-_QUOTED_LINES:])
+        return f" The end of {self._log}:{quoted}"
 
 
 class Server(ABC):

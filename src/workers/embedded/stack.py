@@ -42,8 +42,8 @@ class Servers:
     kafka_pid: int
 
 
-def _silent(_sentence: str) -> None:
-    pass
+def silent(_sentence: str) -> None:
+    """Report nothing."""
 
 
 class EmbeddedStack:
@@ -59,7 +59,7 @@ class EmbeddedStack:
         self,
         home: Path,
         *,
-        report: Report = _silent,
+        report: Report = silent,
         kafka_message_bytes_max: int = MESSAGE_BYTES_MAX_DEFAULT,
     ) -> None:
         self._home = Path(home).absolute()
