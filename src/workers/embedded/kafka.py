@@ -45,6 +45,7 @@ _JVM = (
     "-XX:TieredStopAtLevel=1",
     "-XX:-UsePerfData",
     "-XX:+ExitOnOutOfMemoryError",
+    "--sun-misc-unsafe-memory-access=allow",  # Kafka does; the JVM would warn at each start
     "-Djava.awt.headless=true",
     "-Djava.io.tmpdir=tmp",  # native compression libraries are unpacked there
     "-Dlog4j2.configurationFile=log4j2.properties",
@@ -81,10 +82,13 @@ broker.heartbeat.interval.ms=500
 broker.session.timeout.ms=2000
 """
 
+# A start would otherwise log 1200 lines of configuration values.
 _LOGGING = """\
 status=error
 rootLogger.level=INFO
 rootLogger.appenderRef.out.ref=OUT
+logger.config.name=org.apache.kafka.common.config.AbstractConfig
+logger.config.level=WARN
 appender.out.type=Console
 appender.out.name=OUT
 appender.out.layout.type=PatternLayout

@@ -13,7 +13,6 @@ import importlib.util
 import secrets
 import shutil
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -142,9 +141,7 @@ class Postgres(Server):
         )
 
     def _answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            # Cheap, while the server does not listen yet.
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+        with contextlib.suppress(OSError):  # not listening yet
             return asyncio.run(self._connect())
         return False
 

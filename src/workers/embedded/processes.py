@@ -5,7 +5,8 @@ strangers, and where logs go.
 
 Invariants: no process is ever signalled by a remembered process id, because ids are recycled: a
 running server is addressed through its guardian's pipe, a leftover only after its command line or
-working folder has shown that it belongs to this home. `Server.end` leaves no process of that server.
+working folder has shown that it belongs to this home. `Server.end` leaves no process of that
+server.
 """
 
 import contextlib
@@ -38,7 +39,9 @@ _STOP_SECONDS = 12.0
 STOP_SECONDS_MAX = 15.0
 _SPAWN_SECONDS_MAX = 20.0
 _LEFTOVER_SECONDS = 10.0
-_POLL_SECONDS = 0.02
+# How soon a server is asked again whether it is ready, at first and after a while.
+_POLL_SECONDS_MIN = 0.02
+_POLL_SECONDS_MAX = 0.25
 _LOG_BYTES_MAX = 16 * 1024 * 1024
 _QUOTED_LINES = 15
 
@@ -51,8 +54,11 @@ class EmbeddedError(Exception):
     """An embedded server could not be had; the text says what failed and what to do next."""
 
 
-class StartCancelledError(Exception):
-    """The start was given up because the other server failed or the caller was interrupted."""
+class StartCancelledError(EmbeddedError):
+    """The start was given up: the other server failed, or the caller was interrupted or stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("The start of the embedded servers was cancelled.")
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,15 @@ class Owner:
             return cls((info.st_uid, info.st_gid))
         try:
             entry = pwd.getpwnam("nobody")
+            user = (entry.pw_uid, entry.pw_gid)
         except KeyError:
-            return cls((65534, 65534))
-        return cls((entry.pw_uid, entry.pw_gid))
+            user = (65534, 65534)
+        if not _exists_here(user[0]):
+            raise EmbeddedError(
+                "PostgreSQL refuses to run as root, and this container's user namespace has no other "
+                "user to run it as. Start as a normal user, or give the container a range of users."
+            )
+        return cls(user)
 
     def give(self, path: Path) -> Path:
         """Make the servers' user own `path`; returns it."""
@@ -89,6 +101,16 @@ class Owner:
         """Make one folder (not its parents) that the servers may write; returns it."""
         path.mkdir(mode=mode, exist_ok=True)
         return self.give(path)
+
+
+def _exists_here(uid: int) -> bool:
+    """Whether this user namespace can have processes of a user."""
+    try:
+        ranges = Path("/proc/self/uid_map").read_text().split()
+    except OSError:
+        return True  # a system without user namespaces
+    starts, lengths = map(int, ranges[0::3]), map(int, ranges[2::3])
+    return any(start <= uid < start + length for start, length in zip(starts, lengths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -177,21 +199,14 @@ class Guarded:
         with contextlib.suppress(OSError):
             _pipe(self._process.stdin).close()
 
-    def kill(self) -> None:
-        """SIGKILL to the program, then wait until nothing of it is left."""
+    def begin_kill(self) -> None:
+        """SIGKILL to the program; returns at once."""
         with contextlib.suppress(OSError, ValueError):  # it has ended: the pipe is broken or closed
             _pipe(self._process.stdin).write(b"K")
-        self.end(time.monotonic() + STOP_SECONDS_MAX)
 
-    def end(self, deadline: float) -> None:
-        """Wait for the end until `deadline` (monotonic); then the guardian is killed, its program with it."""
-        if self.ended(within_seconds=deadline - time.monotonic()):
-            return
-        program = psutil.Process(self.pid)
+    def abandon(self) -> None:
+        """Kill a guardian that does not do its work; what it guarded is then a leftover."""
         self._process.kill()
-        with contextlib.suppress(psutil.Error):
-            program.kill()
-            program.wait(_LEFTOVER_SECONDS)
         self._process.wait()
         self.begin_stop()
 
@@ -238,20 +253,20 @@ class Server(ABC):
         return self._guarded.pid if self._guarded is not None else -1
 
     def start(self, cancelled: threading.Event) -> None:
-        """Start and wait until it answers; a leftover of an earlier run is stopped before.
+        """Start and wait until it answers; leftovers must have been stopped before.
 
         Raises EmbeddedError (deadline, or the server ended: its log is quoted), StartCancelledError.
         """
         begun = time.monotonic()
         self._guarded = None
-        stop_leftovers(self._is_ours, self._stop_signal, self._report, self.name)
         self._prepare(cancelled)
         self._guarded = guarded = self._guard(self._command())
         deadline = begun + self._start_seconds_max
         while not self._answers():
             if cancelled.is_set():
                 raise StartCancelledError
-            if guarded.ended(within_seconds=_POLL_SECONDS):
+            pause_seconds = _POLL_SECONDS_MIN + (time.monotonic() - begun) / 10
+            if guarded.ended(within_seconds=min(pause_seconds, _POLL_SECONDS_MAX)):
                 raise EmbeddedError(
                     f"{self.name} ended during its start (status {guarded.exit_status})."
                     f"{guarded.quote_log()}"
@@ -270,13 +285,42 @@ class Server(ABC):
 
     def end(self, deadline: float) -> None:
         """Wait for the stop until `deadline` (monotonic), then kill; nothing is left afterwards."""
-        if self._guarded is not None:
-            self._guarded.end(deadline)
+        if self._guarded is None:
+            return
+        if not self._guarded.ended(within_seconds=deadline - time.monotonic()):
+            self._guarded.abandon()
+            self.stop_leftovers(seconds=0.0)
 
     def kill(self) -> None:
         """SIGKILL, as a fault would; returns when nothing of the server is left."""
         if self._guarded is not None:
-            self._guarded.kill()
+            self._guarded.begin_kill()
+            self.end(time.monotonic() + STOP_SECONDS_MAX)
+
+    def stop_leftovers(self, *, seconds: float = _LEFTOVER_SECONDS) -> None:
+        """Stop what an earlier run left of this server: in order for `seconds`, then with SIGKILL.
+
+        Others are not touched. Raises EmbeddedError when one cannot be stopped.
+        """
+        found = self._leftovers()
+        if found:
+            self._report(f"Stopping {self.name}, left by an earlier run ({len(found)} processes)")
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(self._stop_signal)  # a guardian takes any kind as its stop
+                process.send_signal(signal.SIGCONT)
+        kill_at = time.monotonic() + seconds
+        pause = threading.Event()
+        while left := self._leftovers():
+            if time.monotonic() >= kill_at:
+                for process in left:
+                    _kill(process, self.name)
+            if time.monotonic() > kill_at + _LEFTOVER_SECONDS:
+                raise EmbeddedError(
+                    f"{self.name} of an earlier run does not end (process {left[0].pid}). "
+                    "Stop it by hand, then start again."
+                )
+            pause.wait(_POLL_SECONDS_MIN)
 
     def _run_tool(
         self, command: Command, cancelled: threading.Event, *, seconds_max: float
@@ -284,9 +328,9 @@ class Server(ABC):
         """Run one of the server's tools to its end; EmbeddedError when it fails."""
         tool = self._guard(command)
         deadline = time.monotonic() + seconds_max
-        while not tool.ended(within_seconds=_POLL_SECONDS):
+        while not tool.ended(within_seconds=_POLL_SECONDS_MAX):
             if cancelled.is_set() or time.monotonic() > deadline:
-                tool.kill()
+                tool.begin_kill()
         if cancelled.is_set():
             raise StartCancelledError
         if tool.exit_status != 0:
@@ -295,6 +339,15 @@ class Server(ABC):
                 f"{Path(str(command.arguments[0])).name} ended with status {tool.exit_status}."
                 f"{tool.quote_log()}"
             )
+
+    def _leftovers(self) -> list[psutil.Process]:
+        found = []
+        for pid in psutil.pids():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if self._is_ours(process) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def _guard(self, command: Command) -> Guarded:
         return Guarded(
@@ -339,57 +392,16 @@ def is_guardian(process: psutil.Process, name: str, home: Path) -> bool:
     return [str(_GUARDIAN), name, str(home)] == process.cmdline()[3:6]
 
 
-def stop_leftovers(
-    is_ours: Callable[[psutil.Process], bool],
-    stop_signal: signal.Signals,
-    report: Report,
-    name: str,
-) -> None:
-    """Stop, in order if they allow it, the processes that an earlier run left; others are not touched.
-
-    Raises EmbeddedError when one cannot be stopped.
-    """
-    found = _alive(is_ours)
-    if not found:
-        return
-    report(f"Stopping {name}, left by an earlier run ({len(found)} processes)")
-    for process in found:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(stop_signal)  # a guardian takes either kind as its stop
-            process.send_signal(signal.SIGCONT)
-    deadline = time.monotonic() + _LEFTOVER_SECONDS
-    wake = threading.Event()
-    while left := _alive(is_ours):
-        if time.monotonic() > deadline:
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    _kill(process, name)
-        if time.monotonic() > deadline + _LEFTOVER_SECONDS:
-            raise EmbeddedError(
-                f"{name} of an earlier run does not end (process {left[0].pid}). "
-                "Stop it by hand, then start again."
-            )
-        wake.wait(_POLL_SECONDS)
-
-
 def _kill(process: psutil.Process, name: str) -> None:
     try:
         process.kill()
+    except psutil.NoSuchProcess:
+        pass
     except psutil.AccessDenied:
         raise EmbeddedError(
             f"{name} of an earlier run (process {process.pid}) belongs to another user. "
             "Stop it as that user, or set CREDITS_HOME to another folder."
         ) from None
-
-
-def _alive(is_ours: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
-    found = []
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if is_ours(process) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def free_ports(wanted: Mapping[str, int | None]) -> dict[str, int]:

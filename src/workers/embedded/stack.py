@@ -81,12 +81,13 @@ class EmbeddedStack:
         with self._turn:
             self._cancelled.clear()
             try:
-                postgres, kafka = self._prepare()
-                missing: list[Server] = [s for s in (postgres, kafka) if not s.running]
-                if missing:
-                    self._choose_ports(postgres, kafka)
-                    self._start_all(missing)
-                return self._servers(postgres, kafka)
+                return self._start_missing()
+            except OSError as error:
+                self.stop()
+                raise EmbeddedError(
+                    f"The folder {self._home} cannot be used for the embedded servers ({error}). "
+                    "Set CREDITS_HOME to a folder that you may write."
+                ) from error
             except BaseException:
                 self.stop()
                 raise
@@ -147,22 +148,26 @@ class EmbeddedStack:
     ) -> None:
         self.stop()
 
+    def _start_missing(self) -> Servers:
+        postgres, kafka = self._prepare()
+        missing: list[Server] = [s for s in (postgres, kafka) if not s.running]
+        if missing:
+            for server in missing:
+                server.stop_leftovers()  # they may hold the ports that were kept
+            self._choose_ports(postgres, kafka)
+            self._start_all(missing)
+        return self._servers(postgres, kafka)
+
     def _prepare(self) -> tuple[Postgres, Kafka]:
         if self._postgres is not None and self._kafka is not None:
             return self._postgres, self._kafka
         jars = kafka_jars(self._report)
-        try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            # Leftovers are known by their working folder, which the system shows without links.
-            home = self._home.resolve(strict=True)
-            owner = Owner.of(home)
-            self._lock_file = _lock(home, owner)
-            owner.make_folder(home / "logs", 0o755)
-        except OSError as error:
-            raise EmbeddedError(
-                f"The folder {self._home} cannot be used for the embedded servers ({error}). "
-                "Set CREDITS_HOME to a folder that you may write."
-            ) from error
+        self._home.mkdir(parents=True, exist_ok=True)
+        # Leftovers are known by their working folder, which the system shows without links.
+        home = self._home.resolve(strict=True)
+        owner = Owner.of(home)
+        self._lock_file = _lock(home, owner)
+        owner.make_folder(home / "logs", 0o755)
         postgres = Postgres(home, owner, self._report)
         kafka = Kafka(home, owner, self._report, jars, self._kafka_message_bytes_max)
         self._postgres, self._kafka = postgres, kafka
@@ -202,6 +207,7 @@ class EmbeddedStack:
     def _restart(self, server: Server) -> Servers:
         server.begin_stop()
         server.end(time.monotonic() + STOP_SECONDS_MAX)
+        server.stop_leftovers()
         self._cancelled.clear()
         _start_one(server, self._cancelled)
         return self._servers(*self._started())
