@@ -1,0 +1,171 @@
+"""What a token may read: accounts, their journal, lots and holds, and what became of an event."""
+
+import asyncio
+from collections.abc import Awaitable
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Path, Query
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
+
+from workers.gateway import problems
+from workers.gateway.connections import Late
+from workers.gateway.problems import Problem
+from workers.gateway.tokens import Tokens
+from workers.messages.outbound import CreditChanged
+from workers.store import reads
+from workers.store.reads import AccountView, CommandView, HoldView, LotView, Pool
+
+READ_SECONDS_MAX = 5.0
+VERSION_MAX = 2**62
+ENTRIES_MAX = 1000
+# A slash inside an id comes percent-encoded, but routes are matched after decoding: see `keep_encoded_slashes`.
+SLASH_INSIDE = "\ue000"
+
+Answer = TypeVar("Answer")
+
+
+class LotsView(BaseModel):
+    """The open lots of an account, in the order in which they will be consumed."""
+
+    lots: list[LotView]
+
+
+class HoldsView(BaseModel):
+    """The open holds of an account."""
+
+    holds: list[HoldView]
+
+
+class EntriesView(BaseModel):
+    """A page of the journal."""
+
+    entries: Annotated[
+        list[CreditChanged], Field(description="Each as the data of `credit.changed`.")
+    ]
+    next_after_version: Annotated[
+        int | None,
+        Field(description="`after_version` of the next page; null if this was the last one."),
+    ]
+
+
+def _with_plus(value: Any) -> Any:
+    """A plus of an offset that was sent unencoded arrives as a space."""
+    return value.strip().replace(" ", "+") if isinstance(value, str) else value
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("the time is out of range") from error
+
+
+Owner = Annotated[
+    str,
+    Path(
+        description="`user:<id>`, `org:<id>`, or a bare id, which is a user's and resolves like any external id. "
+        "Merged accounts and mirror organisations lead to the account that holds the credits.",
+        examples=["user:u1"],
+    ),
+]
+At = Annotated[
+    AwareDatetime | None,
+    BeforeValidator(_with_plus),
+    AfterValidator(lambda value: None if value is None else _in_utc(value)),
+    Query(
+        description="Show the account as of this moment (RFC 3339 with an offset): totals and version from the "
+        "journal, the tier is today's. `lots` is empty where the journal cannot give them exactly.",
+        examples=["2026-11-21T10:00:00Z"],
+    ),
+]
+Text = Annotated[str, Query(pattern=r"^[^\x00-\x1f]+$", max_length=1024)]
+
+
+def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
+    """The routes under /v1 that read."""
+    router = APIRouter(prefix="/v1", tags=["accounts"], dependencies=[Depends(tokens.reader)])
+    answers = problems.responses(400, 401, 404, 503)
+
+    @router.get("/accounts/{owner}", summary="An account's balance and lots", responses=answers)
+    async def account(owner: Owner, at: At = None) -> AccountView:
+        return await _in_time(_account(database.current, owner, at))
+
+    @router.get(
+        "/accounts/{owner}/entries",
+        summary="An account's journal, in version order",
+        responses=answers,
+        response_model_exclude_unset=True,  # an entry has the fields that were published, no more
+    )
+    async def entries(
+        owner: Owner,
+        after_version: Annotated[int, Query(ge=0, le=VERSION_MAX)] = 0,
+        limit: Annotated[int, Query(ge=1, le=ENTRIES_MAX)] = 100,
+    ) -> EntriesView:
+        return await _in_time(_entries(database.current, owner, after_version, limit))
+
+    @router.get("/accounts/{owner}/lots", summary="An account's open lots", responses=answers)
+    async def lots(owner: Owner) -> LotsView:
+        found = await _in_time(_account(database.current, owner, None))
+        return LotsView(lots=found.lots)
+
+    @router.get("/accounts/{owner}/holds", summary="An account's open holds", responses=answers)
+    async def holds(owner: Owner) -> HoldsView:
+        return await _in_time(_holds(database.current, owner))
+
+    @router.get(
+        "/commands",
+        summary="What became of an event",
+        description="`source`, `type` and idempotency key as published; source `stripe` and the event's id as key "
+        "for Stripe's events, source `http` for commands over HTTP.",
+        responses=answers,
+        tags=["commands"],
+    )
+    async def command(
+        source: Text, event_type: Annotated[Text, Query(alias="type")], key: Text
+    ) -> CommandView:
+        found = await _in_time(reads.command(database.current, source, event_type, key))
+        if found is None:
+            raise Problem(404, "unknown_command", "nothing is known of this event, or not yet")
+        return found
+
+    return router
+
+
+async def _account(pool: Pool, text: str, at: datetime | None) -> AccountView:
+    owner = await _owner(pool, text)
+    found = await (reads.account_at(pool, owner, at) if at else reads.account(pool, owner))
+    return _seen(found)
+
+
+async def _entries(pool: Pool, text: str, after_version: int, limit: int) -> EntriesView:
+    owner = await _owner(pool, text)
+    found = await reads.entries(pool, owner, after_version, limit + 1)
+    if not found:
+        _seen(await reads.account(pool, owner))
+    page = found[:limit]
+    more = len(found) > limit
+    return EntriesView(entries=page, next_after_version=page[-1].version if more else None)
+
+
+async def _holds(pool: Pool, text: str) -> HoldsView:
+    owner = await _owner(pool, text)
+    found = await reads.holds(pool, owner)
+    if not found:
+        _seen(await reads.account(pool, owner))
+    return HoldsView(holds=found)
+
+
+async def _owner(pool: Pool, text: str) -> str:
+    return await reads.resolve_owner(pool, text.replace(SLASH_INSIDE, "/"))
+
+
+def _seen(found: AccountView | None) -> AccountView:
+    if found is None:
+        raise Problem(404, "unknown_owner", "this owner was never seen")
+    return found
+
+
+async def _in_time(answer: Awaitable[Answer]) -> Answer:
+    """Bound a read, also when the database hangs. Raises TimeoutError, which is answered with 503."""
+    return await asyncio.wait_for(answer, READ_SECONDS_MAX)

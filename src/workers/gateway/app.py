@@ -1,0 +1,63 @@
+"""The application: routes, error documents and the API's description, put together."""
+
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from workers.gateway import problems
+from workers.gateway.accounts import SLASH_INSIDE, accounts_router
+from workers.gateway.connections import Broker, Late
+from workers.gateway.health import health_router
+from workers.gateway.tokens import Tokens
+from workers.gateway.webhook import webhook_router
+from workers.settings import Settings
+from workers.store.reads import Pool
+
+TITLE = "credit-workers"
+DESCRIPTION = (
+    "Balances, their journal, and the door for Stripe's webhooks. Amounts are whole credits. "
+    "Errors are RFC 9457 problem documents."
+)
+_ENCODED_SLASH = re.compile(rb"%2[fF]")
+
+
+def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> FastAPI:
+    """Build the application over two connections that the caller opens and closes."""
+    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, redirect_slashes=False)
+    problems.install(app)
+    app.include_router(webhook_router(settings, broker))
+    app.include_router(health_router(settings, database, broker))
+    app.include_router(accounts_router(database, Tokens(settings)))
+    app.add_middleware(keep_encoded_slashes)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(
+                title=TITLE, version="1", description=DESCRIPTION, routes=app.routes
+            )
+            schema.setdefault("components", {}).setdefault("schemas", {})["Problem"] = (
+                problems.SCHEMA
+            )
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the framework's documented way to extend it
+    return app
+
+
+def keep_encoded_slashes(app: ASGIApp) -> ASGIApp:
+    """Middleware: an encoded slash stays part of its path segment, because an id may contain one."""
+
+    async def kept(scope: Scope, receive: Receive, send: Send) -> None:
+        raw = scope.get("raw_path")
+        if scope["type"] == "http" and raw and _ENCODED_SLASH.search(raw):
+            inside = SLASH_INSIDE.encode("utf-8")
+            path = _ENCODED_SLASH.sub(inside, raw.split(b"?", 1)[0])
+            scope = {**scope, "path": unquote(path.decode("utf-8", "replace"))}
+        await app(scope, receive, send)
+
+    return kept

@@ -1,0 +1,96 @@
+"""The gateway as a process: listen, serve, stop when told."""
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+
+from workers.gateway.app import create_app
+from workers.gateway.connections import Broker, late_database
+from workers.settings import Settings, SettingsError
+
+log = structlog.get_logger()
+
+PORT_PREFERRED = 8080
+STOP_SECONDS = (
+    12  # a webhook that waits for its acknowledgement ends within this; then connections are cut
+)
+
+
+async def serve_gateway(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was begun and return.
+
+    Starts and stays up without Kafka and PostgreSQL.
+
+    Raises:
+        SettingsError: an address is missing, or the port that was asked for is taken.
+    """
+    listener = listen(settings)
+    with listener:
+        host, port = listener.getsockname()[:2]
+        async with late_database(settings) as database, Broker(settings) as broker:
+            app = create_app(settings, database=database, broker=broker)
+            server = Server(app)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, server.stop)
+            log.info("gateway_listening", url=f"http://{host}:{port}")
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.remove_signal_handler(number)
+    log.info("gateway_stopped")
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Bind as told; the usual port gives way to a free one only where none was asked for."""
+    asked = settings.http_port
+    try:
+        return _bound(settings.http_host, PORT_PREFERRED if asked is None else asked)
+    except OSError as error:
+        if asked is None and error.errno == errno.EADDRINUSE:
+            return _bound(settings.http_host, 0)
+        where = f"{settings.http_host}:{PORT_PREFERRED if asked is None else asked}"
+        raise SettingsError(
+            f"CREDITS_HTTP_HOST/PORT: cannot listen on {where}: {error.strerror}"
+        ) from error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, without its access log (paths hold ids) and without its signal handlers (they end the process)."""
+
+    def __init__(self, app: FastAPI) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+        super().__init__(config)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to the caller."""
+        yield
+
+    def stop(self) -> None:
+        """Finish what was begun; the second time, at once."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True

@@ -1,0 +1,145 @@
+"""Stripe's webhooks: verified, keyed, forwarded as they came.
+
+Invariant: 200 is said only after the broker acknowledged the exact bytes; whatever else happens is answered
+with an error, so that Stripe sends the event again. A repeat is harmless: the event's id decides (R8).
+"""
+
+import asyncio
+import re
+import time
+from typing import Any
+
+import jiter
+from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
+
+from workers.gateway import problems
+from workers.gateway.connections import Away, Broker
+from workers.gateway.problems import Problem
+from workers.settings import Settings
+from workers.sources.signature import BadSignature, verify
+from workers.telemetry import WEBHOOKS
+
+TOPIC = "stripe.webhook"
+SIGNATURE_HEADER = "stripe-signature"
+BODY_SECONDS_MAX = 15.0
+# So much of a body that is too large is read and thrown away, so that its sender hears why; then we hang up.
+DISCARDED_BYTES_MAX = 8 * 1024 * 1024
+
+_ID = re.compile(r"[!-~]{1,255}")
+_REQUEST_BODY = {
+    "required": True,
+    "description": "The event as Stripe signed it.",
+    "content": {
+        "application/json": {
+            "schema": {"type": "object", "required": ["id"]},
+            "example": {
+                "id": "evt_1",
+                "object": "event",
+                "type": "invoice.paid",
+                "data": {"object": {"id": "in_1", "object": "invoice", "customer": "cus_1"}},
+            },
+        }
+    },
+}
+_SIGNATURE = {
+    "name": SIGNATURE_HEADER,
+    "in": "header",
+    "required": True,
+    "schema": {"type": "string"},
+    "example": "t=1795000000,v1=5257a869e7ecebeda32affa62cdca3fa51cad7e77a0e56ff536d0ce8e108d8bd",
+}
+
+
+def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
+    """The route that Stripe calls."""
+    router = APIRouter(tags=["webhook"])
+
+    @router.post(
+        "/webhooks/stripe",
+        summary="Accept an event of Stripe",
+        description="200 after Kafka has the event. Every other status makes Stripe send it again.",
+        responses=problems.responses(400, 413, 503),
+        openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_SIGNATURE]},
+    )
+    async def accept(request: Request) -> dict[str, bool]:
+        status = 500
+        try:
+            await _forward(request, settings, broker)
+            status = 200
+        except Problem as problem:
+            status = problem.status
+            raise
+        finally:
+            WEBHOOKS.labels(status=str(status)).inc()
+        return {"received": True}
+
+    return router
+
+
+async def _forward(request: Request, settings: Settings, broker: Broker) -> None:
+    body = await _body(request, settings.webhook_bytes_max)
+    headers = request.headers.getlist(SIGNATURE_HEADER)
+    if len(headers) > 1:
+        raise Problem(400, "bad_signature", "there is more than one stripe-signature header")
+    header = headers[0] if headers else None
+    try:
+        verify(body, header, settings.webhook_secrets, now=time.time())
+    except BadSignature as refusal:
+        raise Problem(400, "bad_signature", refusal.reason) from refusal
+    key = _record_key(body)
+    signature = (header or "").encode("ascii")
+    try:
+        await broker.deliver(
+            settings.topic(TOPIC),
+            key=key.encode("ascii"),
+            value=body,
+            headers=[(SIGNATURE_HEADER, signature)],
+        )
+    except Away as error:
+        raise problems.away(error.server) from error
+
+
+async def _body(request: Request, bytes_max: int) -> bytes:
+    """The body, at most `bytes_max` of it in memory. Raises Problem for a larger, slower or broken one."""
+    body = bytearray()
+    received_bytes = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for chunk in request.stream():
+                received_bytes += len(chunk)
+                if received_bytes <= bytes_max:
+                    body += chunk
+                elif received_bytes > bytes_max + DISCARDED_BYTES_MAX:
+                    break
+    except TimeoutError as error:
+        raise Problem(408, "too_slow", "the body did not arrive in time") from error
+    except ClientDisconnect as error:
+        raise Problem(400, "unreadable", "the body broke off") from error
+    if received_bytes > bytes_max:
+        detail = f"the body is larger than {bytes_max} bytes"
+        raise Problem(413, "too_large", detail, headers={"connection": "close"})
+    return bytes(body)
+
+
+def _record_key(body: bytes) -> str:
+    """The Stripe customer that the event is about, so that its events stay in order; else the event's id."""
+    try:
+        event: Any = jiter.from_json(body)
+    except ValueError as error:
+        raise Problem(400, "unreadable", "the body is not JSON") from error
+    event_id = event.get("id") if isinstance(event, dict) else None
+    if not _is_id(event_id):
+        raise Problem(400, "unreadable", "the body is not an event with an id")
+    data = event.get("data")
+    about = data.get("object") if isinstance(data, dict) else None
+    if not isinstance(about, dict):  # a thin event: the worker knows what to do with it
+        return str(event_id)
+    customer = about if about.get("object") == "customer" else about.get("customer")
+    if isinstance(customer, dict):
+        customer = customer.get("id")
+    return str(customer if _is_id(customer) else event_id)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and _ID.fullmatch(value) is not None

@@ -1,0 +1,244 @@
+"""Liveness, readiness, metrics, the API's description, and the errors that belong to no route."""
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from workers.embedded import Servers
+from workers.settings import INBOUND_TOPICS, Settings
+from workers.topics import ensure_topics
+
+BEAT = """
+INSERT INTO credits.heartbeats (worker_id, pid, topics, beat_at, started_at)
+VALUES ($1, 1, $2, clock_timestamp() - make_interval(secs => $3), clock_timestamp())
+"""
+
+
+@pytest.fixture
+def whole(servers: Servers, database_url: str, topic_prefix: str, tools: Any) -> Settings:
+    """Settings with both servers there, and no topics yet."""
+    settings: Settings = tools.settings(
+        kafka_bootstrap=servers.kafka_bootstrap,
+        database_url=database_url,
+        topic_prefix=topic_prefix,
+        partitions=1,
+    )
+    return settings
+
+
+async def test_ready_is_said_only_while_topics_workers_and_database_are_there(
+    whole: Settings, database_url: str, tools: Any
+) -> None:
+    topics = [whole.topic(name) for name in INBOUND_TOPICS]
+    connection = await asyncpg.connect(database_url)
+    async with tools.running(whole) as client:
+
+        async def ready() -> httpx.Response:
+            response: httpx.Response = await client.get("/readyz")
+            return response
+
+        async def missing(check: str) -> str:
+            response = await ready()
+            assert (response.status_code, response.json()["status"]) == (503, "not_ready")
+            told: str = response.json()["checks"][check]
+            return told
+
+        await tools.eventually(ready, "stripe.webhook.dead")
+        await ensure_topics(whole)
+        assert await missing("topics") == "ok"
+        assert await missing("database") == "ok"
+        assert await missing("workers") == f"not consumed: {', '.join(sorted(topics))}"
+        await connection.execute(BEAT, uuid4(), topics, 60.0)
+        assert "not consumed" in await missing("workers")
+        await connection.execute(BEAT, uuid4(), topics[:2], 0.0)
+        assert await missing("workers") == f"not consumed: {', '.join(sorted(topics[2:]))}"
+        await connection.execute(BEAT, uuid4(), topics[2:], 0.0)
+        response = await ready()
+        assert (response.status_code, response.json()) == (
+            200,
+            {"status": "ready", "checks": {"topics": "ok", "database": "ok", "workers": "ok"}},
+        )
+
+        admin = AIOKafkaAdminClient(bootstrap_servers=whole.kafka_bootstrap)
+        await admin.start()
+        await admin.delete_topics([whole.topic("booking.events.dead")])
+        await admin.close()
+        response = await tools.eventually(ready, 503)
+        assert response.json()["checks"]["topics"].startswith("missing: ")
+    await connection.close()
+
+
+async def test_a_server_that_is_away_or_hangs_is_named_within_its_deadline(
+    servers: Servers, database_url: str, tools: Any
+) -> None:
+    async with tools.running(tools.settings()) as client:
+        response = await client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["checks"] == {
+            "topics": "kafka is away",
+            "database": "postgresql is away",
+            "workers": "unknown",
+        }
+        assert (await client.get("/livez")).status_code == 200
+        metrics = await client.get("/metrics")
+        assert metrics.status_code == 200
+        assert "credits_outbox_records NaN" in metrics.text
+
+    if not servers.kafka_pid:
+        pytest.skip("the broker is not ours to stop")
+    settings = tools.settings(
+        database_url=database_url, kafka_bootstrap=servers.kafka_bootstrap, topic_prefix="none."
+    )
+    async with tools.running(settings) as client:
+
+        async def ready() -> httpx.Response:
+            response: httpx.Response = await client.get("/readyz")
+            return response
+
+        await tools.eventually(ready, "missing: none.")
+        os.kill(servers.kafka_pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(3):
+                assert (await ready()).json()["checks"]["topics"] == "no answer within 2 s"
+        finally:
+            os.kill(servers.kafka_pid, signal.SIGCONT)
+        await tools.eventually(ready, "missing: none.")
+
+
+async def test_metrics_tell_what_the_database_knows(
+    ledger: httpx.AsyncClient, database_url: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(BEAT, uuid4(), ["a"], 0.0)
+    await connection.execute(BEAT, uuid4(), ["a"], 60.0)
+    await connection.execute(
+        "INSERT INTO credits.dead_letters (topic, partition, kafka_offset, record_hash, headers, reason, detail, "
+        "state, recorded_at) SELECT 't', 0, n, '', '{}', 'malformed', '', CASE n WHEN 3 THEN 'discarded' ELSE 'dead' "
+        "END, now() FROM generate_series(1, 3) n"
+    )
+    await connection.execute(
+        "INSERT INTO credits.parked (topic, partition, kafka_offset, record_hash, headers, detail, parked_at, "
+        "next_attempt_at, deadline_at) VALUES ('t', 0, 1, '', '{}', '', now(), now(), now())"
+    )
+    await connection.execute(
+        "INSERT INTO credits.outbox (id, aggregatetype, aggregateid, type, payload, headers, shard) "
+        "SELECT gen_random_uuid(), 'a', 'b', 'c', '', '{}', 0 FROM generate_series(1, 5)"
+    )
+    await connection.close()
+    del ledger.headers["authorization"]
+    response = await ledger.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = response.text.splitlines()
+    for line in (
+        "credits_outbox_records 5.0",
+        "credits_parked_records 1.0",
+        "credits_workers_live 1.0",
+        'credits_dead_letters_unsettled{reason="malformed"} 2.0',
+    ):
+        assert line in lines
+
+
+async def test_every_error_is_a_problem_document(ledger: httpx.AsyncClient) -> None:
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/accounts/", 404),
+        ("DELETE", "/v1/accounts/user:u1", 405),
+        ("POST", "/livez", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/accounts/user:u1", 404),
+        ("GET", "/v1/commands", 400),
+    ):
+        response = await ledger.request(method, path)
+        document = response.json()
+        assert response.status_code == document["status"] == status
+        assert response.headers["content-type"] == "application/problem+json"
+        assert {"type", "title", "status", "detail", "code"} <= set(document)
+
+
+async def test_a_defect_of_ours_shows_nothing_from_the_inside(
+    ledger: httpx.AsyncClient, database_url: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "INSERT INTO credits.accounts (account_id, version) VALUES ('user:u1', 1)"
+    )
+    # A journal that no release of ours wrote.
+    await connection.execute(
+        "INSERT INTO credits.entries (account_id, version, entry_id, transaction_id, kind, subscription_delta, "
+        "purchased_delta, held_delta, debt_delta, balance_before, balance_after, subscription_after, purchased_after, "
+        "held_after, debt_after, allocation, cause, occurred_at, recorded_at, previous_hash, hash) VALUES ('user:u1', "
+        "1, gen_random_uuid(), gen_random_uuid(), 'import', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '[]', "
+        "'{\"secret\": \"canary\"}', now(), now(), '', decode(repeat('00', 32), 'hex'))"
+    )
+    await connection.close()
+    response = await ledger.get("/v1/accounts/user:u1/entries")
+    assert (response.status_code, response.json()["code"]) == (500, "internal_error")
+    assert "canary" not in response.text
+    assert "Traceback" not in response.text
+
+
+async def test_the_description_names_every_route_its_errors_and_its_security(tools: Any) -> None:
+    async with tools.running(tools.settings()) as client:
+        schema = (await client.get("/openapi.json")).json()
+    assert set(schema["paths"]) == {
+        "/webhooks/stripe",
+        "/livez",
+        "/readyz",
+        "/metrics",
+        "/v1/accounts/{owner}",
+        "/v1/accounts/{owner}/entries",
+        "/v1/accounts/{owner}/lots",
+        "/v1/accounts/{owner}/holds",
+        "/v1/commands",
+    }
+    assert schema["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert "Problem" in schema["components"]["schemas"]
+    for path, methods in schema["paths"].items():
+        for operation in methods.values():
+            assert operation["summary"]
+            assert "422" not in operation["responses"]
+            assert ("security" in operation) == path.startswith("/v1/")
+
+
+async def test_the_process_starts_without_servers_and_stops_when_told(tools: Any) -> None:
+    settings: Settings = tools.settings()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("CREDITS_")},
+        "CREDITS_DATABASE_URL": str(
+            settings.database_url and settings.database_url.get_secret_value()
+        ),
+        "CREDITS_KAFKA_BOOTSTRAP": str(settings.kafka_bootstrap),
+        "CREDITS_HTTP_PORT": "0",
+    }
+    program = (
+        "import asyncio, workers.settings as s, workers.telemetry as t, workers.gateway as g\n"
+        "t.configure_logging('json')\n"
+        "asyncio.run(g.serve_gateway(s.load_settings()))\n"
+        "print('returned')"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        url = ""
+        async for line in process.stdout:
+            if b"gateway_listening" in line:
+                url = line.decode().split('"url": "')[1].split('"')[0]
+                break
+        async with httpx.AsyncClient(base_url=url) as client:
+            assert (await client.get("/livez")).status_code == 200
+            assert (await client.get("/readyz")).status_code == 503
+        process.terminate()
+        rest = await process.stdout.read()
+        assert await process.wait() == 0
+    assert rest.endswith(b"returned\n")
