@@ -1,0 +1,767 @@
+"""The ``credits`` command: everything is built here and passed in.
+
+Hides how a failure is told. Invariants: exit status 0 when all is well, 1 when problems were found, 2 for wrong usage
+or a server that cannot be reached, with one sentence on standard error that says what to do next; a traceback only for
+a mistake of ours. A command's parts are imported when it runs, so that ``credits --help`` answers at once.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import urlsplit
+
+import typer
+from typer.exceptions import TyperException
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from workers.operations.dead_letters import DeadLetter, Message, Moved, Pool
+    from workers.settings import Settings
+    from workers.store.reads import AccountView
+
+WELL, PROBLEMS, UNUSABLE = 0, 1, 2
+INTERRUPTED = 130
+HEXDUMP_BYTES_MAX = 4096
+
+T = TypeVar("T")
+
+_OPTIONS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(
+    name="credits", help="Own every credit balance: run it, look at it, mend it.", **_OPTIONS
+)
+dead = typer.Typer(help="Messages that could not be applied: look, replay, discard.", **_OPTIONS)
+catalogue = typer.Typer(help="What is sold and what it costs.", **_OPTIONS)
+app.add_typer(dead, name="dead")
+app.add_typer(catalogue, name="catalogue")
+
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
+Owner = Annotated[str, typer.Argument(help="user:<id>, org:<id>, or a user's id.")]
+
+
+class UnusableError(Exception):
+    """The command cannot do its work; the message says why and what to do next."""
+
+
+@app.command()
+def up(
+    story: Annotated[
+        bool, typer.Option(help="Play a small story of purchases and spending.")
+    ] = True,
+    picture: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    as_json: Json = False,
+) -> int:
+    """Start servers, worker and gateway, and show what happens until Ctrl-C."""
+    from workers.settings import load_settings
+    from workers.up.run import Options, bring_up
+
+    _keep_libraries_quiet()
+    return bring_up(load_settings(), Options(story=story, picture=picture, as_json=as_json))
+
+
+@app.command()
+def worker(as_json: Json = False) -> int:
+    """Apply events to the ledger until told to stop."""
+    from workers.consumer import serve_worker
+
+    return _serve(serve_worker, as_json=as_json)
+
+
+@app.command()
+def gateway(as_json: Json = False) -> int:
+    """Take webhooks and answer questions over HTTP until told to stop."""
+    from workers.gateway import serve_gateway
+
+    return _serve(serve_gateway, as_json=as_json)
+
+
+@app.command()
+def migrate(as_json: Json = False) -> int:
+    """Bring the database's schema up to date."""
+    from workers.settings import require
+    from workers.store.migrations import migrate as apply
+
+    url = require(_operator_settings().database_url, "database_url")
+    with _database_reached(url):
+        applied = asyncio.run(apply(url))
+    _answer(
+        {"applied": applied},
+        as_json,
+        f"Applied {', '.join(applied)}." if applied else "The schema is up to date.",
+    )
+    return WELL
+
+
+@app.command()
+def topics(as_json: Json = False) -> int:
+    """Create the Kafka topics that are missing."""
+    from workers.topics import ensure_topics
+
+    settings = _operator_settings()
+    with _kafka_reached(settings):
+        created = asyncio.run(ensure_topics(settings))
+    _answer(
+        {"created": created},
+        as_json,
+        f"Created {', '.join(created)}." if created else "All topics are there.",
+    )
+    return WELL
+
+
+@app.command()
+def balance(
+    owner: Owner,
+    at: Annotated[
+        str | None, typer.Option(help="As of this moment (RFC 3339 with an offset).")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Show an account's credits, by pool and by lot."""
+    from workers.store import reads
+
+    moment = _moment(at)
+
+    async def read(pool: "Pool") -> "AccountView | None":
+        name = await _resolved(pool, owner)
+        return await (reads.account_at(pool, name, moment) if moment else reads.account(pool, name))
+
+    found = _with_database(read)
+    if found is None:
+        return _nobody(owner)
+    if as_json:
+        sys.stdout.write(found.model_dump_json() + "\n")
+    else:
+        _print_account(found)
+    return WELL
+
+
+@app.command()
+def entries(
+    owner: Owner,
+    after_version: Annotated[
+        int, typer.Option(min=0, help="Leave out versions up to this one.")
+    ] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many entries.")] = 100,
+    as_json: Json = False,
+) -> int:
+    """Show what changed an account, oldest first."""
+    from workers.store import reads
+
+    async def read(pool: "Pool") -> list[dict[str, Any]] | None:
+        name = await _resolved(pool, owner)
+        found = await reads.entries(pool, name, after_version, limit + 1)
+        if not found and await reads.account(pool, name) is None:
+            return None
+        return [entry.model_dump(mode="json") for entry in found]
+
+    found = _with_database(read)
+    if found is None:
+        return _nobody(owner)
+    page = found[:limit]
+    following = page[-1]["version"] if len(found) > limit else None
+    if as_json:
+        _print_json({"entries": page, "next_after_version": following})
+    else:
+        _print_entries(page)
+        if following is not None:
+            sys.stdout.write(f"There is more: --after-version {following}\n")
+    return WELL
+
+
+@app.command()
+def schemas(
+    check: Annotated[
+        bool, typer.Option(help="Only tell whether schemas/ is what the models say.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Write schemas/ from the models."""
+    from workers.messages.schemas import check_schemas, write_schemas
+    from workers.store.migrations import schemas_folder
+
+    folder = schemas_folder()
+    if not check:
+        write_schemas(folder)
+        _answer({"written": str(folder)}, as_json, f"Written to {folder}.")
+        return WELL
+    differences = check_schemas(folder)
+    text = "\n".join([*differences, "Run `credits schemas` and commit what it writes."])
+    _answer(
+        {"differences": differences},
+        as_json,
+        text if differences else "schemas/ is what the models say.",
+    )
+    return PROBLEMS if differences else WELL
+
+
+@catalogue.command("check")
+def catalogue_check(
+    file: Annotated[Path, typer.Argument(help="A catalogue in TOML.")], as_json: Json = False
+) -> int:
+    """Tell whether a catalogue can be used, and what it sells."""
+    from workers.ledger.catalogue import CatalogueError, parse_catalogue
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableError(
+            f"{file} cannot be read ({error}): name a catalogue file in UTF-8"
+        ) from error
+    try:
+        found = parse_catalogue(text)
+    except CatalogueError as error:
+        _answer({"valid": False, "error": str(error)}, as_json, f"{file}: {error}")
+        return PROBLEMS
+    sold: dict[str, Mapping[str, object]] = {
+        "tiers": found.tiers,
+        "plans": found.plans,
+        "packs": found.packs,
+        "generations": found.generations,
+    }
+    counts = ", ".join(f"{len(things)} {name}" for name, things in sold.items())
+    told = {
+        "valid": True,
+        "version": found.version,
+        **{name: sorted(things) for name, things in sold.items()},
+    }
+    _answer(told, as_json, f"{file} can be used: version {found.version}, {counts}.")
+    return WELL
+
+
+@dead.command("list")
+def dead_list(
+    state: Annotated[
+        str, typer.Option(help="dead, replaying, replayed, discarded or all.")
+    ] = "dead",
+    topic: Annotated[str | None, typer.Option(help="Only of this topic.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Only with this reason.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10_000, help="At most so many, newest first.")
+    ] = 50,
+    as_json: Json = False,
+) -> int:
+    """List dead letters. Exits 1 when there are any that wait for you."""
+    from workers.operations.dead_letters import STATES, list_dead
+
+    wanted = next((known for known in STATES if known == state), None)
+    if wanted is None and state != "all":
+        raise UnusableError(f"--state {state} is none: use one of {', '.join(STATES)}, all")
+    _known_reason(reason)
+
+    found = _with_database(
+        lambda pool: list_dead(pool, state=wanted, topic=topic, reason=reason, limit=limit)
+    )
+    if as_json:
+        _print_json(
+            {"dead_letters": [_letter(letter) for letter in found.letters], "total": found.total}
+        )
+    else:
+        _print_letters(found.letters, found.total)
+    return PROBLEMS if any(letter.state == "dead" for letter in found.letters) else WELL
+
+
+@dead.command("show")
+def dead_show(
+    letter: Annotated[int, typer.Argument(help="The dead letter's number.")], as_json: Json = False
+) -> int:
+    """Show a dead letter with its raw message."""
+    from workers.operations.dead_letters import show
+
+    found = _with_database(lambda pool: show(pool, letter))
+    if found is None:
+        sys.stderr.write(
+            f"There is no dead letter {letter}: `credits dead list --state all` shows which there are.\n"
+        )
+        return PROBLEMS
+    if as_json:
+        _print_json(_message(found))
+    else:
+        _print_message(found)
+    return WELL
+
+
+@dead.command("replay")
+def dead_replay(
+    letters: Annotated[list[int] | None, typer.Argument(help="Numbers of dead letters.")] = None,
+    reason: Annotated[str | None, typer.Option(help="All that died of this reason.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Send dead letters in again, after what was wrong has been mended."""
+    from workers.operations.dead_letters import replay
+
+    if sum((bool(letters), reason is not None, every)) != 1:
+        raise UnusableError("say which to replay: numbers, or --reason REASON, or --all")
+    _known_reason(reason)
+    deadline_seconds = _operator_settings().parked_deadline_seconds
+    moved = _with_database(
+        lambda pool: replay(
+            pool, ids=letters or None, reason=reason, deadline_seconds=deadline_seconds
+        )
+    )
+    return _tell_moved(moved, "replaying", as_json=as_json)
+
+
+@dead.command("discard")
+def dead_discard(
+    letters: Annotated[list[int], typer.Argument(help="Numbers of dead letters.")],
+    because: Annotated[str, typer.Option("--by-reason", help="Why; it is kept with the letter.")],
+    as_json: Json = False,
+) -> int:
+    """Put dead letters away for good, with your reason."""
+    from workers.operations.dead_letters import discard
+
+    if not because.strip():
+        raise UnusableError("--by-reason is empty: say why these letters may be put away")
+    moved = _with_database(lambda pool: discard(pool, letters, because=because))
+    return _tell_moved(moved, "discarded", as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit status. Anything that is not an expected failure is raised."""
+    try:
+        status = app(args=list(arguments), prog_name="credits", standalone_mode=False)
+    except TyperException as error:
+        return _refuse(_usage_sentence(error))
+    except (typer.Abort, KeyboardInterrupt):
+        return _refuse("Interrupted.")
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        return _refuse(sentence)
+    if status == INTERRUPTED:
+        return _refuse("Interrupted.")
+    return int(status or WELL)
+
+
+def _refuse(sentence: str) -> int:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"credits: {sentence}\n")
+    return UNUSABLE
+
+
+def _usage_sentence(error: TyperException) -> str:
+    """Wrong usage in one sentence."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "credits"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}: see `{command} --help`."
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell of an expected failure; None for a mistake of ours. Nothing is imported just to compare."""
+    ours = {
+        ("workers.settings", "SettingsError"),
+        ("workers.store.migrations", "MigrationError"),
+        ("workers.embedded.processes", "EmbeddedError"),
+        ("workers.up.supervisor", "StackError"),
+        (__name__, "UnusableError"),
+    }
+    for kind in type(error).__mro__:
+        if (kind.__module__, kind.__name__) in ours:
+            return str(error)
+        if (kind.__module__, kind.__name__) == ("aiokafka.errors", "KafkaError"):
+            return (
+                f"Kafka did not answer as it should ({_in_short(error)}): look after it, or mend "
+                "CREDITS_KAFKA_BOOTSTRAP, and try again."
+            )
+        if kind.__module__.startswith("asyncpg.") and _is_about_the_connection(error):
+            return (
+                f"PostgreSQL did not answer as it should ({_in_short(error)}): look after it, or mend "
+                "CREDITS_DATABASE_URL, and try again."
+            )
+    if isinstance(error, TimeoutError | ConnectionError):
+        return f"A server did not answer in time ({_in_short(error)}): look after it and try again."
+    return None
+
+
+def _is_about_the_connection(error: Exception) -> bool:
+    """Whether a database error is about reaching and being let in, not about what we asked."""
+    import asyncpg
+
+    return isinstance(
+        error,
+        asyncpg.PostgresConnectionError
+        | asyncpg.InvalidAuthorizationSpecificationError
+        | asyncpg.InvalidCatalogNameError
+        | asyncpg.OperatorInterventionError
+        | asyncpg.InsufficientResourcesError
+        | asyncpg.ClientConfigurationError,
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _database_reached(url: str) -> Iterator[None]:
+    """Turn what keeps us from the database into a sentence. Nothing inside may speak to anything else."""
+    import asyncpg
+
+    where = _address(url)
+    try:
+        yield
+    except (
+        asyncpg.UndefinedTableError,
+        asyncpg.UndefinedObjectError,
+        asyncpg.InvalidSchemaNameError,
+        asyncpg.InvalidParameterValueError,  # the role that a migration makes is not there yet
+    ) as error:
+        raise UnusableError(
+            f"the database at {where} holds no ledger yet: run `credits migrate` first"
+        ) from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise UnusableError(
+            f"the login in CREDITS_DATABASE_URL may not do this at {where} ({_in_short(error)}): grant it the role "
+            "credits_worker, or use another login"
+        ) from error
+    except Exception as error:
+        if not (isinstance(error, OSError) or _is_about_the_connection(error)):
+            raise
+        raise UnusableError(
+            f"PostgreSQL at {where} cannot be used ({_in_short(error)}): start it, or mend CREDITS_DATABASE_URL"
+        ) from error
+
+
+@contextlib.contextmanager
+def _kafka_reached(settings: "Settings") -> Iterator[None]:
+    """Turn what keeps us from Kafka into a sentence."""
+    from aiokafka.errors import KafkaError
+
+    try:
+        yield
+    except (KafkaError, OSError) as error:
+        raise UnusableError(
+            f"Kafka at {settings.kafka_bootstrap} cannot be used ({_in_short(error)}): start it, or mend "
+            "CREDITS_KAFKA_BOOTSTRAP"
+        ) from error
+
+
+def _address(url: str) -> str:
+    """Host, port and database of a URL: never its user or password."""
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return "the address in CREDITS_DATABASE_URL"
+    return f"{parts.hostname or 'localhost'}{port}{parts.path}"
+
+
+def _operator_settings() -> "Settings":
+    """The environment's settings; where no database is set, those of the stack that runs in this home."""
+    from workers.settings import SettingsError, load_settings
+    from workers.up import read_stack
+
+    _keep_libraries_quiet()
+    settings = load_settings()
+    if settings.database_url is not None:
+        return settings
+    stack = read_stack(settings.home)
+    if stack is not None:
+        return load_settings(database_url=stack.database_url, kafka_bootstrap=stack.kafka_bootstrap)
+    if settings.kafka_bootstrap is not None:
+        return settings
+    raise SettingsError(
+        f"no stack runs in {settings.home} and CREDITS_DATABASE_URL is not set: start one with `make run` or "
+        "`credits up`, or set CREDITS_DATABASE_URL (and CREDITS_KAFKA_BOOTSTRAP) to the one you mean"
+    )
+
+
+def _with_database(work: "Callable[[Pool], Coroutine[Any, Any, T]]") -> T:
+    """Open the database of the operator's settings, do one thing, close it."""
+    from workers.settings import require
+
+    url = require(_operator_settings().database_url, "database_url")
+
+    async def connected() -> T:
+        async with _pool(url) as pool:
+            return await work(pool)
+
+    with _database_reached(url):
+        return asyncio.run(connected())
+
+
+@contextlib.asynccontextmanager
+async def _pool(url: str) -> "AsyncIterator[Pool]":
+    from workers.store.database import open_pool
+
+    pool = await open_pool(url, size_max=1, name="credits-cli")
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+
+
+def _serve(serve: "Callable[[Settings], Coroutine[Any, Any, None]]", *, as_json: bool) -> int:
+    """Run a part of the deployment until it is told to stop."""
+    import uvloop
+
+    from workers.settings import load_settings
+    from workers.telemetry import configure_logging
+    from workers.up.processes import end_with_supervisor
+
+    settings = load_settings()
+    configure_logging("json" if as_json else settings.log_format)
+    end_with_supervisor()
+    uvloop.run(serve(settings))
+    return WELL
+
+
+def _keep_libraries_quiet() -> None:
+    """Libraries log what they also raise; a person at a terminal needs it once."""
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def _moment(text: str | None) -> Any:
+    if text is None:
+        return None
+    from datetime import datetime
+
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise UnusableError(
+            f"--at {text} is not a time with an offset: write it as 2026-11-21T10:00:00Z"
+        )
+    return moment
+
+
+async def _resolved(pool: "Pool", owner: str) -> str:
+    from workers.store.reads import MalformedOwner, resolve_owner
+
+    try:
+        return await resolve_owner(pool, owner)
+    except MalformedOwner as error:
+        raise UnusableError(str(error)) from error
+
+
+def _known_reason(reason: str | None) -> None:
+    from workers.operations.dead_letters import REASONS
+
+    if reason is not None and reason not in REASONS:
+        raise UnusableError(f"--reason {reason} is none: use one of {', '.join(REASONS)}")
+
+
+def _nobody(owner: str) -> int:
+    sys.stderr.write(
+        f"credits: {owner} was never seen: mind the spelling, an owner is user:<id> or org:<id>.\n"
+    )
+    return PROBLEMS
+
+
+def _answer(told: Any, as_json: bool, text: str) -> None:
+    if as_json:
+        _print_json(told)
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def _print_json(told: Any) -> None:
+    sys.stdout.write(json.dumps(told, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> str:
+    from datetime import datetime
+
+    from workers.messages.outbound import rfc3339
+
+    return rfc3339(value) if isinstance(value, datetime) else str(value)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Piped to a file or a pager a table keeps its columns.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _print_account(found: "AccountView") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console, total = _console(), found.balance
+    console.print(Text(f"{found.account_id} · {found.tier} · version {found.version}", "bold"))
+    console.print(
+        f"{total.total:,} credits = {total.subscription:,} subscription + {total.purchased:,} purchased; "
+        f"{total.held:,} held, {total.available:,} available, {total.debt:,} debt"
+    )
+    if not found.lots:
+        return
+    table = Table("lot", "pool", "source", "expires", box=None, header_style="dim", pad_edge=False)
+    for name in ("granted", "remaining", "held"):
+        table.add_column(name, justify="right")
+    for lot in found.lots:
+        expires = f"{lot.expires_at:%Y-%m-%d %H:%M}Z" if lot.expires_at else "never"
+        cells = (
+            str(lot.lot_id),
+            lot.pool,
+            lot.source,
+            expires,
+            f"{lot.amount:,}",
+            f"{lot.remaining:,}",
+            f"{lot.held:,}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+
+
+def _print_entries(page: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("version", "recorded", "kind", box=None, header_style="dim", pad_edge=False)
+    for name in ("amount", "balance", "held", "debt"):
+        table.add_column(name, justify="right")
+    table.add_column("cause")
+    for entry in page:
+        state, cause = entry["balance"], entry["cause"]
+        subject = cause.get("generation_id") or cause.get("booking_id") or cause.get("id") or ""
+        cells = (
+            str(entry["version"]),
+            str(entry["recorded_at"])[:19].replace("T", " "),
+            entry["kind"],
+            f"{entry['amount']:+,}" if entry["amount"] else "0",
+            *(f"{state[name]:,}" for name in ("after", "held", "debt")),
+            f"{cause.get('type', '')} {subject}",
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    _console().print(table)
+
+
+def _letter(letter: "DeadLetter") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(letter)
+
+
+def _print_letters(letters: "Sequence[DeadLetter]", total: int) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not letters:
+        sys.stdout.write("No dead letters.\n")
+        return
+    table = Table(
+        "id",
+        "state",
+        "reason",
+        "came from",
+        "type",
+        "recorded",
+        "detail",
+        box=None,
+        header_style="dim",
+    )
+    for letter in letters:
+        came_from = f"{letter.topic} {letter.partition}@{letter.kafka_offset}"
+        recorded = f"{letter.recorded_at:%Y-%m-%d %H:%M:%S}"
+        cells = (
+            str(letter.dead_letter_id),
+            letter.state,
+            letter.reason,
+            came_from,
+            letter.type or "—",
+            recorded,
+            letter.detail,
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    _console().print(table)
+    if total > len(letters):
+        sys.stdout.write(f"{total - len(letters):,} more: --limit shows them.\n")
+
+
+def _message(found: "Message") -> dict[str, Any]:
+    """A letter as JSON: bytes as text where they are UTF-8, and always as hexadecimal."""
+    return {
+        **_letter(found.letter),
+        "key": _text_of(found.key),
+        "key_hex": found.key.hex() if found.key is not None else None,
+        "value": _text_of(found.value),
+        "value_hex": found.value.hex() if found.value is not None else None,
+        "headers": [list(pair) for pair in found.headers],
+    }
+
+
+def _print_message(found: "Message") -> None:
+    letter = found.letter
+    lines = [
+        f"dead letter  {letter.dead_letter_id} ({letter.state}, attempt {letter.attempts})",
+        f"reason       {letter.reason}: {letter.detail}",
+        f"came from    {letter.topic} partition {letter.partition} offset {letter.kafka_offset}",
+        f"type         {letter.type or '—'} from {letter.source or '—'}, key {letter.command_key or '—'}",
+        f"recorded     {letter.recorded_at.isoformat()}",
+    ]
+    if letter.settled_reason:
+        lines.append(f"settled      {letter.settled_at}: {letter.settled_reason}")
+    lines += [f"header       {name}: {value}" for name, value in found.headers]
+    lines.append(f"key          {_text_of(found.key)!r}")
+    value = found.value
+    if value is None:
+        lines.append("value        none (a tombstone)")
+    else:
+        lines.append(f"value        {len(value):,} bytes")
+        text = _text_of(value)
+        lines += [text] if text is not None and text.isprintable() else list(_hexdump(value))
+    # A message is foreign text: control characters in it must not reach the terminal.
+    clean = (
+        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        for line in lines
+    )
+    sys.stdout.write("\n".join(clean) + "\n")
+
+
+def _text_of(value: bytes | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _hexdump(value: bytes) -> Iterator[str]:
+    for start in range(0, min(len(value), HEXDUMP_BYTES_MAX), 16):
+        row = value[start : start + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        yield f"{start:08x}  {row.hex(' '):<47}  {text}"
+    if len(value) > HEXDUMP_BYTES_MAX:
+        yield f"… {len(value) - HEXDUMP_BYTES_MAX:,} bytes more: --json gives all"
+
+
+def _tell_moved(moved: "Moved", became: str, *, as_json: bool) -> int:
+    """Say what moved and what did not. Exits 1 when something asked for did not."""
+    if as_json:
+        unmoved = [
+            {"dead_letter_id": number, "state": state} for number, state in moved.unmoved.items()
+        ]
+        _print_json({became: moved.moved, "unmoved": unmoved, "left": moved.left})
+    else:
+        count = len(moved.moved)
+        sys.stdout.write(f"{count:,} dead letter{'' if count == 1 else 's'} now {became}.\n")
+        for number, state in moved.unmoved.items():
+            why = f"is {state}" if state else "does not exist"
+            if state == "dead":
+                why = "waits already, as the same record that came again"
+            sys.stdout.write(f"{number} stays as it is: it {why}.\n")
+        if moved.left:
+            sys.stdout.write(f"{moved.left:,} are left: run the command again.\n")
+    return PROBLEMS if moved.unmoved else WELL
