@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -43,6 +44,15 @@ _CONNECTIONS = 8
 _ATTEMPTS = 3  # of one jar, at once after each other; each waits at most _TIMEOUT_SECONDS for bytes
 _TIMEOUT_SECONDS = 20
 _MEBIBYTE = 1024 * 1024
+
+_REASONS = {
+    "ProxyError": "the proxy cannot be reached",
+    "SSLError": "the repository's certificate is not trusted; REQUESTS_CA_BUNDLE can name another",
+    "ConnectTimeout": f"no connection within {_TIMEOUT_SECONDS} s",
+    "ReadTimeout": f"no data within {_TIMEOUT_SECONDS} s",
+    "ConnectionError": "the repository cannot be reached",
+    "ChunkedEncodingError": "the connection broke off",
+}
 
 Advance = Callable[[int], None]
 
@@ -123,6 +133,8 @@ def _fetch_missing(
         with (repository / ".lock").open("w") as lock:
             # Another process may be fetching the same: then its work is waited for and used.
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for stale in repository.glob(".part-*"):  # of a fetch that was killed
+                shutil.rmtree(stale)
             if missing := _missing(pins, repository):
                 with tempfile.TemporaryDirectory(prefix=".part-", dir=repository) as part:
                     _download_all(missing, Path(part), repository, report)
@@ -202,10 +214,11 @@ def _maven(repository: Path, advance: Advance) -> "MavenContext":
 
 
 def _sentence(jar: Jar, error: BaseException) -> str:
-    reason = f"{type(error).__name__}: {error}"
+    # By name, since the classes belong to a library that only downloads need.
+    reason = _REASONS.get(type(error).__name__, str(error))
     return (
-        f"{KAFKA} could not be downloaded: {jar.coordinate} failed {_ATTEMPTS} times, "
-        f"last with {reason}. Check the network and the proxy settings (HTTPS_PROXY), or set "
+        f"{KAFKA} could not be downloaded: {jar.coordinate} failed {_ATTEMPTS} times "
+        f"({reason}). Check the network and the proxy settings (HTTPS_PROXY), or set "
         f"{_REPOSITORY_VARIABLE} to the address of a Maven mirror that you can reach, then run the "
         "same command again: what was already downloaded is kept. To do without, set "
         "CREDITS_DATABASE_URL and CREDITS_KAFKA_BOOTSTRAP to servers of your own."
