@@ -135,17 +135,19 @@ def _capture(
         )
         excess = 0
     captured = min(cost, held)
+    extra = {move.lot.lot_id: move for move in writer.take(account, excess)}
     moves, lots, left = [], [], captured
     for pin in generation.pinned:
         part = min(pin.credits, left)
         left -= part
         lot = writer.lot(pin)
         lots.append(lot)
-        moves.append(Move(lot, -part, -pin.credits))
-    extra = writer.take(account, excess)
+        # A lot may give both what it held and a part of the excess; the entry names it once.
+        more = extra.pop(pin.lot_id, None)
+        moves.append(Move(lot, (more.amount if more else 0) - part, -pin.credits))
     generation.taken = captured + excess
     writer.close_hold(generation, "completed")
-    writer.write(account, "generation_capture", [*moves, *extra], transaction)
+    writer.write(account, "generation_capture", [*moves, *extra.values()], transaction)
     writer.after_release(account, lots, transaction)
     return APPLIED
 

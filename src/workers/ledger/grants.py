@@ -43,7 +43,7 @@ def register_user(writer: Writer, action: RegisterUser, transaction: Transaction
         lot = writer.grant(
             account, "signup_grant", "purchased", credits, transaction, reference=key
         )
-        _remember(writer, transaction, account, "signup_grant", lot, key)
+        _remember(writer, transaction, account, "signup_grant", lot, credits, key)
         news = True
     return APPLIED if news else DUPLICATE
 
@@ -131,6 +131,7 @@ def buy_pack(writer: Writer, action: BuyPack, transaction: Transaction) -> Outco
         account,
         "purchase",
         lot,
+        action.credits,
         action.purchase_key,
         payment_id=action.payment_id,
         paid=action.paid,
@@ -191,6 +192,7 @@ def _start_period(
         account,
         kind,
         lot,
+        credits,
         key,
         line=line,
         subscription_id=action.subscription_id,
@@ -232,6 +234,8 @@ def _close_earlier_periods(
         if lot.held:
             # What is held stays, may be captured, and expires when released.
             lot.expires_at, lot.changed = min(lot.expires_at or writer.now, writer.now), True
+    # By their new ends: a lot made later looks for its place among them.
+    account.lots.sort(key=Lot.order)
     if expired:
         writer.write(account, "expiry", expired, transaction)
     return carried
@@ -273,6 +277,7 @@ def _remember(
     account: Account,
     kind: Kind,
     lot: Lot | None,
+    credits: int,
     key: str,
     *,
     line: PeriodLine | None = None,
@@ -281,13 +286,15 @@ def _remember(
     payment_id: str | None = None,
     paid: int | None = None,
 ) -> None:
-    """Consume a business key (R8b), with all that a later refund or repeat needs."""
+    """Consume a business key (R8b), with all that a later refund or repeat needs. `credits` are those that it bought:
+    what rolled over into its lot is not among them.
+    """
     purchase = Purchase(
         purchase_key=key,
         account_id=account.account_id,
         kind=kind,
         lot_id=lot.lot_id if lot else None,
-        credits=lot.granted if lot else 0,
+        credits=credits,
         transaction_id=transaction.id(writer.ids),
         recorded_at=writer.now,
         catalogue_version=writer.catalogue.version,

@@ -81,7 +81,9 @@ class Lot:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Account:
-    """One owner's balance (R1, R2). `lots` are the open ones, in consumption order."""
+    """One owner's balance (R1, R2). `lots` are the open ones, in consumption order; `due` are the holds past their
+    deadline, earliest first.
+    """
 
     account_id: str
     subscription: int = 0
@@ -278,7 +280,8 @@ class Alert:
 class Snapshot:
     """Everything a batch of commands touches, loaded under its locks. `execute` owns and changes it.
 
-    `usage` holds the account's counters of yesterday, today and tomorrow (UTC), whatever the account's zone.
+    `usage` holds the accounts' counters of yesterday, today and tomorrow (UTC), whatever their zones, and of the
+    days on which the loaded generations were counted.
     """
 
     accounts: dict[str, Account] = field(default_factory=dict)

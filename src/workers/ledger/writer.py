@@ -249,8 +249,7 @@ class Writer:
         self.state.lots[lot.lot_id] = lot
         insort(account.lots, lot, key=Lot.order)
         self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
-        if expires_at is not None and expires_at <= self.now:
-            self._expire(account, lot)
+        self._expire(account, lot, self.now)
         self.pay_debt(account, transaction)
         return lot
 
@@ -296,23 +295,28 @@ class Writer:
         return lot
 
     def after_release(
-        self, account: Account, lots: Iterable[Lot], transaction: Transaction
+        self,
+        account: Account,
+        lots: Iterable[Lot],
+        transaction: Transaction,
+        *,
+        released_at: datetime | None = None,
     ) -> None:
-        """What a release sets free may be past its time, or owed (R4, R7)."""
+        """What a release sets free may be past its time at that moment, now if none is given, or owed (R4, R7)."""
         for lot in lots:
-            self._expire(account, lot)
+            self._expire(account, lot, released_at or self.now)
         self.pay_debt(account, transaction)
 
     # -- time ---------------------------------------------------------------------------------------------
 
     def _settle(self, account: Account) -> None:
+        # In the order in which it fell due, so that a late clock decides nothing. Holds before lots is that order
+        # too: a release alone can pay a debt, and beside a debt there is nothing unheld that could expire first.
         for generation in account.due:
             if generation.state == "held":
                 self._lapse(account, generation)
-        for lot in [
-            lot for lot in account.lots if lot.expires_at is not None and lot.expires_at <= self.now
-        ]:
-            self._expire(account, lot)
+        for lot in list(account.lots):
+            self._expire(account, lot, self.now)
 
     def _lapse(self, account: Account, generation: Generation) -> None:
         """A hold past its deadline counts as released (R5)."""
@@ -324,11 +328,11 @@ class Writer:
         lots = [self.lot(pin) for pin in generation.pinned]
         self.write(account, "generation_release", self.unpin(generation), transaction)
         self.close_hold(generation, "lapsed")
-        self.after_release(account, lots, transaction)
+        self.after_release(account, lots, transaction, released_at=deadline)
 
-    def _expire(self, account: Account, lot: Lot) -> None:
-        """Take the unheld remainder of a lot past its time (R4); nothing left: no entry."""
-        if lot.expires_at is None or lot.expires_at > self.now or lot.unheld <= 0:
+    def _expire(self, account: Account, lot: Lot, moment: datetime) -> None:
+        """Take the unheld remainder of a lot that is past its time at a moment (R4); nothing left: no entry."""
+        if lot.expires_at is None or lot.expires_at > moment or lot.unheld <= 0:
             return
         lot_id = str(lot.lot_id)
         transaction = self._time(account, "lot.expiry", lot_id, lot.expires_at, {"lot_id": lot_id})
