@@ -1,5 +1,8 @@
 """The topics: their names, their settings, and whether they are all there."""
 
+import asyncio
+from collections.abc import Sequence
+
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
@@ -9,6 +12,7 @@ from workers.settings import INBOUND_TOPICS, OUTBOUND_TOPICS, Settings, kafka_op
 # with its size and coordinates, instead of failing at a publisher that drops it.
 INBOUND_BYTES_MAX = 8 * 1024 * 1024
 WEEK_MS = 7 * 86_400_000
+LEADERS_SECONDS, LEADERS_POLL_SECONDS = 30, 0.05
 
 
 def dead_letter_topic(inbound: str) -> str:
@@ -34,9 +38,23 @@ async def ensure_topics(settings: Settings) -> list[str]:
             error = for_code(code)
             if code and error is not TopicAlreadyExistsError:
                 raise error(f"topic {name} could not be created")
+        await asyncio.wait_for(_wait_for_leaders(admin, all_topics(settings)), LEADERS_SECONDS)
         return missing
     finally:
         await admin.close()
+
+
+async def _wait_for_leaders(admin: AIOKafkaAdminClient, names: Sequence[str]) -> None:
+    """A topic is of use once each partition has a leader, some moments after it was created."""
+    while True:
+        topics = await admin.describe_topics(list(names))
+        partitions = [partition for topic in topics for partition in topic["partitions"]]
+        ready = all(topic["error_code"] == 0 for topic in topics)
+        if ready and all(
+            partition["error_code"] == 0 and partition["leader"] >= 0 for partition in partitions
+        ):
+            return
+        await asyncio.sleep(LEADERS_POLL_SECONDS)
 
 
 async def missing_topics(settings: Settings) -> set[str]:

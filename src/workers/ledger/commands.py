@@ -5,6 +5,7 @@ action names accounts, never external ids. Prices are not in commands: they are 
 that the content that a key stands for does not change when a price does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from typing import Literal, NamedTuple, TypeAlias
@@ -33,6 +34,16 @@ class Cause:
     partition: int | None = None
     offset: int | None = None
     trace_id: str | None = None
+
+    def published(self, references: Mapping[str, str]) -> dict[str, str]:
+        """The cause as entries keep it and messages tell it, with the business ids that the action names."""
+        return {
+            "source": self.source,
+            "type": self.type,
+            "id": self.id,
+            "idempotency_key": self.key,
+            **references,
+        }
 
     @property
     def command_key(self) -> CommandKey:

@@ -235,6 +235,11 @@ class Entry:
     occurred_at: datetime
     recorded_at: datetime
     previous_hash: bytes
+    link: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Close the link of the chain, once."""
+        object.__setattr__(self, "link", self.hash())
 
     def content(self) -> str:
         """What the hash covers, as text that can be built again from the stored row: every field but the hash."""

@@ -56,14 +56,7 @@ class Transaction:
     def published(self) -> dict[str, str]:
         """The cause as entries keep it and `credit.changed` tells it."""
         if self._published is None:
-            cause = self.cause
-            self._published = {
-                "source": cause.source,
-                "type": cause.type,
-                "id": cause.id,
-                "idempotency_key": cause.key,
-                **self.references,
-            }
+            self._published = self.cause.published(self.references)
         return self._published
 
 
@@ -157,7 +150,7 @@ class Writer:
             recorded_at=account.updated_at,
             previous_hash=account.chain_hash,
         )
-        account.chain_hash = entry.hash()
+        account.chain_hash = entry.link
         self.entries.append(entry)
         self._warn(account, entry)
         if (

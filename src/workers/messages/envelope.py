@@ -86,6 +86,32 @@ def read_event(record: Record, *, types: frozenset[str]) -> Event:
     )
 
 
+def identify(record: Record) -> tuple[str | None, str | None, str | None]:
+    """Source, type and key of a record as far as they can be told, so that its publisher finds it again."""
+    try:
+        attributes: Any = {
+            name[3:]: value
+            for name, value in record.text_headers().items()
+            if name.startswith("ce_")
+        }
+        if not attributes:
+            attributes = read_json(record.value)
+    except Refused:
+        return None, None, None
+    if not isinstance(attributes, dict):
+        return None, None, None
+    stripe = attributes.get("object") == "event"
+    found = (
+        "stripe" if stripe else attributes.get("source"),
+        attributes.get("type"),
+        attributes.get("idempotencykey") or attributes.get("id"),
+    )
+    source, type_, key = (
+        value if isinstance(value, str) and ID.match(value) else None for value in found
+    )
+    return source, type_, key
+
+
 def _is_json(content_type: str) -> bool:
     media = content_type.split(";", maxsplit=1)[0].strip().lower()
     return media in {"application/json", "text/json"} or media.endswith("+json")

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 Header: TypeAlias = tuple[str, bytes | None]
+READ_HEADERS = frozenset({"content-type", "stripe-signature", "traceparent"})
 
 DeadReason: TypeAlias = Literal[
     "malformed",
@@ -49,13 +50,19 @@ class Record:
     timestamp_at: datetime
 
     def text_headers(self) -> dict[str, str]:
-        """Headers that are UTF-8 text, names in lower case. Raises Refused for one that is not."""
+        """The headers that we read, as text by lower-case name; a stranger's header may be any bytes.
+
+        Raises:
+            Refused: one that we read is not UTF-8.
+        """
         headers = {}
         for name, value in self.headers:
-            try:
-                headers[name.lower()] = (value or b"").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise Refused("malformed", f"header {name!r} is not UTF-8") from error
+            known = name.lower()
+            if known in READ_HEADERS or known.startswith("ce_"):
+                try:
+                    headers[known] = (value or b"").decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise Refused("malformed", f"header {known[:40]!r} is not UTF-8") from error
         return headers
 
     def hash(self) -> bytes:

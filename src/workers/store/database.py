@@ -4,6 +4,8 @@ Invariants: no statement, lock wait or idle transaction of ours can last for eve
 more rights than the role of its work, whatever the login in the URL may do.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 import asyncpg
@@ -17,8 +19,24 @@ LOCK_MS = 5_000
 IDLE_IN_TRANSACTION_MS = 15_000
 
 
+def _session(role: Role, name: str) -> dict[str, str]:
+    return {
+        "application_name": name,
+        "role": role,
+        "search_path": "credits",
+        "timezone": "UTC",
+        "statement_timeout": str(STATEMENT_MS),
+        "lock_timeout": str(LOCK_MS),
+        "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+    }
+
+
 async def open_pool(
-    database_url: str, *, role: Role = "credits_worker", size_max: int = 10, name: str = "credit-workers"
+    database_url: str,
+    *,
+    role: Role = "credits_worker",
+    size_max: int = 10,
+    name: str = "credit-workers",
 ) -> asyncpg.Pool[asyncpg.Record]:
     """Connect, and keep up to `size_max` connections. Raises OSError or asyncpg errors when it cannot."""
     return await asyncpg.create_pool(
@@ -27,16 +45,30 @@ async def open_pool(
         max_size=size_max,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_MS / 1000 + 5,
-        server_settings={
-            "application_name": name,
-            "role": role,
-            "search_path": "credits",
-            "timezone": "UTC",
-            "statement_timeout": str(STATEMENT_MS),
-            "lock_timeout": str(LOCK_MS),
-            "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
-        },
+        server_settings=_session(role, name),
     )
 
 
-__all__ = ["Role", "open_pool"]
+async def connect(
+    database_url: str, *, role: Role = "credits_worker", name: str
+) -> asyncpg.Connection[asyncpg.Record]:
+    """One connection of its own, for work that lives as long as its session."""
+    return await asyncpg.connect(
+        database_url,
+        timeout=CONNECT_SECONDS,
+        command_timeout=STATEMENT_MS / 1000 + 5,
+        server_settings=_session(role, name),
+    )
+
+
+async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
+    """Whether the database can be written to now: reachable, and not a standby."""
+    try:
+        async with pool.acquire(timeout=2) as connection:
+            read_only = await connection.fetchval("SHOW transaction_read_only", timeout=2)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        return False
+    return bool(read_only == "off")
+
+
+__all__ = ["Role", "answers", "connect", "open_pool"]

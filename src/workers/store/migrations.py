@@ -4,6 +4,8 @@ Invariants: an applied file never changes (its checksum is kept and compared), t
 (advisory lock), and each file is one transaction with the record that it was applied.
 """
 
+from __future__ import annotations
+
 import hashlib
 import re
 from dataclasses import dataclass
@@ -67,7 +69,9 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
             "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
             "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
         )
-        rows = await connection.fetch("SELECT number, name, checksum FROM public.credits_migrations")
+        rows = await connection.fetch(
+            "SELECT number, name, checksum FROM public.credits_migrations"
+        )
         applied = {row["number"]: row for row in rows}
         _refuse_unknown(applied, migrations)
         done = []

@@ -76,6 +76,13 @@ class AccountView(View):
     updated_at: datetime
 
 
+class HeldLot(View):
+    """Credits of a hold, and the lot that they are pinned to."""
+
+    lot_id: UUID
+    credits: int
+
+
 class HoldView(View):
     """Credits reserved for a generation that has not ended."""
 
@@ -85,7 +92,7 @@ class HoldView(View):
     kind: str | None
     model: str | None
     units: int | None
-    lots: list[dict[str, Any]]
+    lots: list[HeldLot]
     deadline_at: datetime
     recorded_at: datetime
 
@@ -126,14 +133,14 @@ class HealthView(View):
     topics_covered: frozenset[str]
 
 
-# The newest owner of an id: an account of that name, else the mapping table (R13); then along its merges. A mirror
-# organisation is its sole member (R15), whose id resolves like any other. Ids of Stripe and addresses come last,
-# because they are never user ids.
+# The owner of an id as the worker resolves it (R13): what the provider "user" says, else what all other providers
+# agree on, else the id itself; `user:<id>` means itself where that account exists. Only a bare id may also be one of
+# Stripe or an address, which are never a user's. A mirror organisation is its sole member (R15). Then along merges.
 _RESOLVE = """
 WITH RECURSIVE
 mirrored AS (
-    SELECT (SELECT m.user_id FROM members m WHERE m.organization_id = o.organization_id
-            ORDER BY m.user_id LIMIT 1)::text AS user_id
+    SELECT (SELECT m.user_id::text FROM members m WHERE m.organization_id = o.organization_id
+            ORDER BY m.user_id LIMIT 1) AS user_id
     FROM organisations o
     WHERE o.organization_id = substr($1, 5) AND o.mode = 'mirror' AND $1 LIKE 'org:%'
 ),
@@ -141,18 +148,24 @@ wanted AS (
     SELECT CASE WHEN $1 LIKE 'org:%' THEN (SELECT user_id FROM mirrored)
                 WHEN $1 LIKE 'user:%' THEN substr($1, 6) ELSE $1 END AS external_id,
            CASE WHEN $1 LIKE 'org:%' THEN coalesce('user:' || (SELECT user_id FROM mirrored), $1)
-                WHEN $1 LIKE 'user:%' THEN $1 ELSE 'user:' || $1 END AS named,
-           $1 LIKE 'user:%' AS exact
+                WHEN $1 LIKE 'user:%' THEN $1 ELSE 'user:' || $1 END AS itself,
+           $1 LIKE 'user:%' AS exact, $1 LIKE 'user:%' OR $1 LIKE 'org:%' AS of_a_user
 ),
 mapped AS (
-    SELECT i.owner::text AS owner FROM identities i, wanted w
-    WHERE i.external_id = w.external_id AND (NOT w.exact OR i.provider NOT IN ('stripe', 'email'))
-    ORDER BY i.provider IN ('stripe', 'email'), i.recorded_at, i.provider LIMIT 1
+    SELECT min(i.owner::text) FILTER (WHERE i.provider = 'user') AS by_user,
+           min(i.owner::text) FILTER (WHERE i.provider NOT IN ('stripe', 'email')) AS by_others,
+           count(DISTINCT i.owner::text) FILTER (WHERE i.provider NOT IN ('stripe', 'email')) AS others,
+           min(i.owner::text) FILTER (WHERE i.provider = 'stripe') AS by_stripe,
+           min(i.owner::text) FILTER (WHERE i.provider = 'email') AS by_email
+    FROM identities i WHERE i.external_id = (SELECT external_id FROM wanted)
 ),
 chain (owner, steps) AS (
-    SELECT CASE WHEN w.exact AND EXISTS (SELECT FROM accounts a WHERE a.account_id = w.named) THEN w.named
-                ELSE coalesce((SELECT owner FROM mapped), w.named) END COLLATE "C", 0
-    FROM wanted w
+    SELECT CASE WHEN w.exact AND EXISTS (SELECT FROM accounts a WHERE a.account_id = w.itself) THEN w.itself
+                WHEN m.by_user IS NOT NULL THEN m.by_user
+                WHEN m.others = 1 THEN m.by_others
+                WHEN m.others > 1 OR w.of_a_user THEN w.itself
+                ELSE coalesce(m.by_stripe, m.by_email, w.itself) END COLLATE "C", 0
+    FROM wanted w CROSS JOIN mapped m
     UNION ALL
     SELECT a.merged_into::text COLLATE "C", c.steps + 1
     FROM chain c JOIN accounts a ON a.account_id = c.owner
@@ -295,7 +308,10 @@ async def holds(source: Source, owner: str) -> list[HoldView]:
     return [
         HoldView(
             **{name: row[name] for name in HoldView.model_fields if name != "lots"},
-            lots=json.loads(row["allocation"]),
+            lots=[
+                HeldLot(lot_id=lot_id, credits=credits_held)
+                for lot_id, credits_held in json.loads(row["allocation"])
+            ],
         )
         for row in await source.fetch(_HOLDS, owner)
     ]
@@ -354,7 +370,7 @@ async def health(source: Source) -> HealthView:
 
 
 async def topics_covered(source: Source) -> frozenset[str]:
-    """The topics that a worker with a recent heartbeat consumes."""
+    """Inbound topics, without prefix, that a worker with a recent heartbeat consumes."""
     return frozenset(await source.fetchval(_TOPICS_COVERED, HEARTBEAT_SECONDS))
 
 

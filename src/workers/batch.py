@@ -1,0 +1,380 @@
+"""One batch: read, resolve, lock, load, decide, write, commit. The path of every command, whatever its door.
+
+Each record ends as exactly one of applied, rejected, duplicate, ignored, parked or dead (R11), in the same
+transaction as its effects. A record that the database refuses is found by splitting its batch and becomes a dead
+letter; its neighbours are applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+from uuid import UUID
+
+import asyncpg
+
+from workers.ledger.catalogue import Catalogue
+from workers.ledger.commands import Cause, Command, Link, Settle, accounts_of
+from workers.ledger.execute import Execution, execute, purchase_keys_of, references_of
+from workers.ledger.model import Alert
+from workers.ledger.outcomes import Conflict, Rejected
+from workers.messages import outbound
+from workers.messages.outbound import Publication
+from workers.messages.record import Refused
+from workers.sources import Identities, Ignored, Sources, Understood
+from workers.store.failures import classify, describe
+from workers.store.ids import new_ids
+from workers.store.load import Connection, OwnersChanged, Wanted, find_identities, load
+from workers.store.record import outcome_name, record_execution, record_publications
+from workers.store.set_aside import (
+    Kept,
+    Wait,
+    Work,
+    claim_parked,
+    keep_dead,
+    keep_waiting,
+    settle_parked,
+)
+from workers.store.sql import SQL
+
+Reading: TypeAlias = Understood | Ignored | Refused
+Outcome: TypeAlias = Literal["applied", "rejected", "duplicate", "ignored", "parked", "dead"]
+
+# A worker waits this long for a connection of its own pool; longer means that the pool is too small.
+ACQUIRE_SECONDS = 5.0
+# So many records in a row that the database refuses one by one are no bad records: the fault is ours.
+REFUSED_IN_A_ROW_MAX = 20
+
+
+class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
+    """Record after record is refused by the database: stop, rather than dead-letter a topic."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a batch, for logs, metrics and whoever waits for a signal."""
+
+    outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
+    rejections: Counter[str] = field(default_factory=Counter)
+    dead: Counter[tuple[str, str]] = field(default_factory=Counter)
+    ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    entries: int = 0
+    published: int = 0
+    linked: bool = False
+    seconds: float = 0.0
+
+    def add(self, other: Report) -> None:
+        """Count another part of the same batch in."""
+        self.outcomes += other.outcomes
+        self.rejections += other.rejections
+        self.dead += other.dead
+        self.ignored += other.ignored
+        self.entries += other.entries
+        self.published += other.published
+        self.linked = self.linked or other.linked
+        self.seconds += other.seconds
+
+
+@dataclass(slots=True)
+class _Sorted:
+    """A batch's records by what their reading came to."""
+
+    commands: list[tuple[Work, Command]] = field(default_factory=list)
+    waiting: list[Wait] = field(default_factory=list)
+    dead: list[tuple[Work, Refused]] = field(default_factory=list)
+    ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
+
+
+class Ledger:
+    """Applies records and time to the books: one transaction for each batch."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[asyncpg.Record],
+        sources: Sources,
+        catalogue: Catalogue,
+        *,
+        parked_deadline_seconds: int,
+    ) -> None:
+        self._pool = pool
+        self._sources = sources
+        self._catalogue = catalogue
+        self._deadline_seconds = parked_deadline_seconds
+        self._ids: Iterator[UUID] = new_ids()
+        self._refused_in_a_row = 0
+
+    # -- doors ----------------------------------------------------------------------------------------------------
+
+    async def apply(self, works: Sequence[Work]) -> Report:
+        """Apply records in order; when it returns, all of them are committed.
+
+        Raises:
+            OSError, asyncpg errors: the database is away or busy (`failures.classify`): try the same again.
+            TooManyRefused: the database refuses record after record.
+        """
+        readings = [(work, self._read(work)) for work in works]
+        try:
+            report = await self._apply_read(readings)
+        except Exception as error:
+            if classify(error)[0] == "transient":
+                raise
+            return await self._split(works, error)
+        self._refused_in_a_row = 0
+        return report
+
+    async def apply_parked(self, limit: int) -> Report | None:
+        """Apply parked messages whose wait is over, up to `limit`; None when there is none."""
+        try:
+            return await self._apply_claimed(limit, None)
+        except Exception as error:
+            if classify(error)[0] == "transient":
+                raise
+            # Whichever of them it was: the oldest alone either goes through or is the one.
+            refusal = _refusal(error) if limit == 1 else None
+            return await (self._apply_claimed(1, refusal) if refusal else self.apply_parked(1))
+
+    async def settle(self, limit: int) -> Report | None:
+        """Do what time has done to up to `limit` accounts (R4, R5); None when it has done nothing."""
+        started = time.perf_counter()
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            due = [row[0] for row in await connection.fetch(SQL["find_due_accounts"], limit)]
+            if not due:
+                return None
+            now = await connection.fetchval(SQL["read_clock"])
+            cause = Cause("clock", "settle", "settle", "settle", now)
+            commands = [Command(cause, Settle(account), b"") for account in sorted(due)]
+            execution = await self._execute(connection, commands)
+            publications = await record_execution(connection, execution, ())
+            publications += self._alerts(execution.alerts, execution)
+            await record_publications(connection, publications)
+        return Report(
+            entries=len(execution.entries),
+            published=len(publications),
+            seconds=time.perf_counter() - started,
+        )
+
+    # -- the path -----------------------------------------------------------------------------------------------
+
+    def _read(self, work: Work) -> Reading:
+        try:
+            return self._sources.read(work.record)
+        except Refused as refused:
+            return refused
+
+    async def _apply_claimed(self, limit: int, refusal: Refused | None) -> Report | None:
+        started = time.perf_counter()
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            works = await claim_parked(connection, limit)
+            if not works:
+                return None
+            report = await self._apply_in(
+                connection, [(work, refusal or self._read(work)) for work in works]
+            )
+        report.seconds = time.perf_counter() - started
+        return report
+
+    async def _apply_read(self, readings: Sequence[tuple[Work, Reading]]) -> Report:
+        started = time.perf_counter()
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            report = await self._apply_in(connection, readings)
+        report.seconds = time.perf_counter() - started
+        return report
+
+    async def _split(self, works: Sequence[Work], error: Exception) -> Report:
+        """Halve until the record is alone that the database refuses, and keep that one as a dead letter."""
+        if len(works) > 1:
+            middle = len(works) // 2
+            report = await self.apply(works[:middle])
+            report.add(await self.apply(works[middle:]))
+            return report
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row > REFUSED_IN_A_ROW_MAX:
+            raise TooManyRefused(describe(error)) from error
+        return await self._apply_read([(works[0], _refusal(error))])
+
+    async def _apply_in(
+        self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
+    ) -> Report:
+        """Everything between BEGIN and COMMIT."""
+        mentioned = {
+            id_ for _, read in readings if isinstance(read, Understood) for id_ in read.external_ids
+        }
+        known = await find_identities(connection, mentioned)
+        batch = _sort(readings, Identities(known))
+        commands = [command for _, command in batch.commands]
+        execution = await self._execute(connection, commands)
+        if mentioned and await find_identities(connection, mentioned) != known:
+            raise OwnersChanged
+        for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
+            if isinstance(decision.outcome, Conflict):
+                detail = "this idempotency key was used before with other content"
+                batch.dead.append((work, Refused("idempotency_conflict", detail)))
+        links, disagreements = _fresh_links(execution, known)
+        publications = await record_execution(connection, execution, links)
+        publications += self._rejections(execution)
+        publications += self._alerts([*execution.alerts, *disagreements], execution)
+        await keep_waiting(connection, batch.waiting, deadline_seconds=self._deadline_seconds)
+        kept = await keep_dead(connection, batch.dead)
+        publications += self._dead_letters(kept, batch.dead, execution)
+        await settle_parked(
+            connection,
+            [work for work, _ in readings],
+            batch.waiting,
+            [work for work, _ in batch.dead],
+        )
+        await record_publications(connection, publications)
+        return _report(batch, execution, published=len(publications), linked=bool(links))
+
+    async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
+        actions = [command.action for command in commands]
+        references = [references_of(action) for action in actions]
+        wanted = Wanted(
+            accounts=frozenset(account for action in actions for account in accounts_of(action)),
+            command_keys={
+                command.cause.command_key
+                for command in commands
+                if not isinstance(command.action, Settle)
+            },
+            generation_ids={
+                named["generation_id"] for named in references if "generation_id" in named
+            },
+            booking_ids={named["booking_id"] for named in references if "booking_id" in named},
+            purchase_keys={
+                key for action in actions for key in purchase_keys_of(action, self._catalogue)
+            },
+        )
+        state, now = await load(connection, wanted)
+        return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
+
+    # -- what is told -------------------------------------------------------------------------------------------
+
+    def _rejections(self, execution: Execution) -> list[Publication]:
+        return [
+            outbound.rejected(
+                decision.outcome,
+                _published_cause(decision.command),
+                id_=decision.transaction_id,
+                now=execution.now,
+                trace_id=decision.command.cause.trace_id,
+            )
+            for decision in execution.decisions
+            if isinstance(decision.outcome, Rejected) and decision.transaction_id is not None
+        ]
+
+    def _alerts(self, alerts: Sequence[Alert], execution: Execution) -> list[Publication]:
+        return [outbound.alert(alert, id_=next(self._ids), now=execution.now) for alert in alerts]
+
+    def _dead_letters(
+        self, kept: Sequence[Kept], dead: Sequence[tuple[Work, Refused]], execution: Execution
+    ) -> list[Publication]:
+        now = execution.now
+        publications = [
+            outbound.dead_letter(
+                one.dead_letter_id, one.topic, one.reason, id_=next(self._ids), now=now
+            )
+            for one in kept
+        ]
+        news = {(one.topic, one.partition, one.offset): one.dead_letter_id for one in kept}
+        for work, refused in dead:
+            record = work.record
+            number = news.get((record.topic, record.partition, record.offset))
+            if refused.manual_fix and number is not None:
+                details = {
+                    "dead_letter_id": number,
+                    "reason": refused.reason,
+                    "topic": record.topic,
+                }
+                message = f"MANUAL FIX REQUIRED: {refused.detail}"
+                raised = Alert("manual_fix_required", None, message, details, {})
+                publications.append(outbound.alert(raised, id_=next(self._ids), now=now))
+        return publications
+
+
+def _refusal(error: Exception) -> Refused:
+    return Refused("database_rejected", describe(error), manual_fix=True)
+
+
+def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _Sorted:
+    batch = _Sorted()
+    for work, reading in readings:
+        match reading:
+            case Refused():
+                batch.dead.append((work, reading))
+            case Ignored():
+                batch.ignored.append((work, reading))
+            case Understood():
+                _resolve(work, reading, identities, batch)
+    return batch
+
+
+def _resolve(work: Work, understood: Understood, identities: Identities, batch: _Sorted) -> None:
+    try:
+        built = understood.build(identities)
+    except Refused as refused:
+        batch.dead.append((work, refused))
+        return
+    if isinstance(built, Command):
+        batch.commands.append((work, built))
+    elif work.overdue:
+        batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
+    else:
+        batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
+
+
+def _fresh_links(
+    execution: Execution, known: Sequence[tuple[str, str, str]]
+) -> tuple[list[Link], list[Alert]]:
+    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13)."""
+    owners = {(external_id, provider): owner for external_id, provider, owner in known}
+    links, disagreements = [], []
+    for decision in execution.decisions:
+        for link in decision.command.links if decision.transaction_id is not None else ():
+            owner = owners.get((link.external_id, link.provider))
+            if owner is None:
+                owners[link.external_id, link.provider] = link.owner
+                links.append(link)
+            elif owner != link.owner:
+                message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {link.owner}"
+                details = {
+                    "provider": link.provider,
+                    "known_owner": owner,
+                    "claimed_owner": link.owner,
+                }
+                cause = _published_cause(decision.command)
+                disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    return links, disagreements
+
+
+def _published_cause(command: Command) -> dict[str, str]:
+    return command.cause.published(references_of(command.action))
+
+
+def _report(batch: _Sorted, execution: Execution, *, published: int, linked: bool) -> Report:
+    report = Report(entries=len(execution.entries), published=published, linked=linked)
+    for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
+        name = outcome_name(decision.outcome)
+        if name != "conflict":  # counted below, with the other dead letters
+            report.outcomes[work.record.topic, name] += 1
+        if isinstance(decision.outcome, Rejected):
+            report.rejections[decision.outcome.reason] += 1
+    for wait in batch.waiting:
+        report.outcomes[wait.work.record.topic, "parked"] += 1
+    for work, refused in batch.dead:
+        report.outcomes[work.record.topic, "dead"] += 1
+        report.dead[work.record.topic, refused.reason] += 1
+    for work, ignored in batch.ignored:
+        report.outcomes[work.record.topic, "ignored"] += 1
+        report.ignored[work.record.topic, ignored.type] += 1
+    return report

@@ -1,0 +1,373 @@
+"""Kafka in: batches from each topic go to the ledger, offsets follow the database, nothing is skipped.
+
+FastStream runs the subscribers; this module takes from it what would lose money:
+
+- It hands over raw records. FastStream's own parser raises for a header that is not UTF-8, and then the batch is
+  lost; its own acknowledgement commits or rewinds more than a batch.
+- Offsets are committed explicitly for each partition, after the database's commit; on a failure every partition
+  of the batch is sought back. Kafka's offsets save work, the ledger's memory is the truth (R8): a rebalance may
+  replay a batch concurrently, and nothing happens twice.
+- While the database is away the partitions are paused and polling goes on, so that the group is not left.
+- A handler's exception would be swallowed: everything is caught here, and what is our own fault stops the worker.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import OffsetAndMetadata
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker
+from faststream.kafka.message import KafkaMessage
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from workers import telemetry
+from workers.batch import Ledger, Report
+from workers.messages.record import Record
+from workers.settings import INBOUND_TOPICS, Settings, kafka_options
+from workers.store.failures import classify
+from workers.store.set_aside import Work
+
+log = structlog.get_logger(__name__)
+
+# An idle poll waits this long, and FastStream as long again: the price of an idle worker in latency.
+POLL_MS = 25
+# Kafka's own minimum. A worker that was killed keeps its partitions for so long.
+SESSION_MS = 6_000
+HEARTBEAT_MS = 2_000
+# Retries inside the handler: 0.05 s doubling to 2 s, for at most this long, far below max_poll_interval. Then
+# the partitions are paused and the records fetched again when the database is back.
+PATIENCE_SECONDS = 10.0
+BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.05, 2.0
+PROBE_SECONDS = 1.0
+# How long a rebalance waits for the batch in flight, so that its records need not be read twice.
+REVOKE_SECONDS = 5.0
+# A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again.
+STOP_SECONDS = 15.0
+
+
+class Consumer:
+    """The subscribers of every inbound topic, and what keeps them honest."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        *,
+        database_answers: Callable[[], Awaitable[bool]],
+        on_applied: Callable[[Report], None],
+        on_fault: Callable[[BaseException], None],
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._database_answers = database_answers
+        self._on_applied = on_applied
+        self._on_fault = on_fault
+        self._prefix = len(settings.topic_prefix)
+        self._stalled = False
+        self._probe: asyncio.Task[None] | None = None
+        options = kafka_options(settings)
+        self._broker = KafkaBroker(
+            options["bootstrap_servers"],
+            consumer_only=True,  # what we publish goes through the outbox
+            allow_auto_create_topics=False,
+            graceful_timeout=STOP_SECONDS,
+            apply_types=False,
+            security=_security(settings, options),
+            logger=logging.getLogger("faststream"),
+            client_id="credit-workers",
+        )
+        self._subscriptions = {name: _Subscription(self, name) for name in INBOUND_TOPICS}
+        for subscription in self._subscriptions.values():
+            subscription.subscribe(self._broker)
+
+    async def start(self) -> None:
+        """Join the groups. Raises KafkaError when the broker cannot be reached."""
+        await self._broker.start()
+
+    async def stop(self) -> None:
+        """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups."""
+        if self._probe is not None:
+            self._probe.cancel()
+        await self._broker.stop()
+
+    def consumed_topics(self) -> list[str]:
+        """The topics of which this worker has partitions and takes records; none while it is stalled."""
+        if self._stalled:
+            return []
+        return [name for name, subscription in self._subscriptions.items() if subscription.assigned]
+
+    def observe_lag(self) -> None:
+        """Publish how far behind each topic is."""
+        for name, subscription in self._subscriptions.items():
+            telemetry.CONSUMER_LAG.labels(topic=name).set(subscription.lag())
+
+    # -- one batch ------------------------------------------------------------------------------------------------
+
+    async def apply(
+        self, name: str, consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord[Any, Any]]
+    ) -> None:
+        """Apply a batch and commit its offsets; or leave everything as if it had not been read."""
+        first: dict[TopicPartition, int] = {}
+        last: dict[TopicPartition, int] = {}
+        for message in batch:
+            partition = TopicPartition(message.topic, message.partition)
+            first.setdefault(partition, message.offset)
+            last[partition] = message.offset
+        try:
+            started = time.perf_counter()
+            report = await self._with_patience([Work(self._record(message)) for message in batch])
+        except asyncio.CancelledError:
+            raise  # the worker stops: nothing was committed, so Kafka brings the batch again
+        except Exception as error:
+            _seek(consumer, first)
+            if classify(error)[0] == "transient":
+                self._stall(error)
+            else:
+                self._on_fault(error)
+            return
+        await _commit(consumer, last)
+        self._tell(name, batch, last, report, time.perf_counter() - started)
+
+    async def _with_patience(self, works: Sequence[Work]) -> Report:
+        """Try a batch until it is committed or patience ends. Raises what it failed with last."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        backoff = BACKOFF_SECONDS_MIN
+        while True:
+            try:
+                return await self._ledger.apply(works)
+            except Exception as error:
+                verdict, cause = classify(error)
+                if verdict != "transient" or time.monotonic() + backoff > deadline:
+                    raise
+                telemetry.RETRIES.labels(cause=cause).inc()
+                log.warning(
+                    "batch_retried",
+                    cause=cause,
+                    records=len(works),
+                    backoff_seconds=round(backoff, 3),
+                )
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+            backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+
+    def _record(self, message: ConsumerRecord[Any, Any]) -> Record:
+        return Record(
+            topic=message.topic[self._prefix :],
+            partition=message.partition,
+            offset=message.offset,
+            key=message.key,
+            value=message.value,
+            headers=tuple(message.headers),
+            timestamp_at=datetime.fromtimestamp(max(0, message.timestamp) / 1000, UTC),
+        )
+
+    def _tell(
+        self,
+        name: str,
+        batch: Sequence[ConsumerRecord[Any, Any]],
+        last: dict[TopicPartition, int],
+        report: Report,
+        seconds: float,
+    ) -> None:
+        observe(report)
+        telemetry.BATCH_RECORDS.observe(len(batch))
+        telemetry.BATCH_SECONDS.observe(seconds)
+        now = time.time()
+        for message in (batch[0], batch[-1]):
+            telemetry.EVENT_AGE_SECONDS.observe(max(0.0, now - message.timestamp / 1000))
+        log.info(
+            "batch",
+            topic=name,
+            records=len(batch),
+            outcomes={outcome: count for (_, outcome), count in report.outcomes.items()},
+            rejections=dict(report.rejections),
+            dead={reason: count for (_, reason), count in report.dead.items()},
+            entries=report.entries,
+            published=report.published,
+            duration_ms=round(seconds * 1000, 1),
+            offsets={str(partition.partition): offset for partition, offset in last.items()},
+        )
+        self._on_applied(report)
+
+    # -- when the database is away ----------------------------------------------------------------------------------
+
+    def _stall(self, error: BaseException) -> None:
+        if not self._stalled:
+            log.error("stalled", cause=classify(error)[1], exc_info=error)
+        self._stalled = True
+        telemetry.STALLED.set(1)
+        for subscription in self._subscriptions.values():
+            subscription.pause()
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._resume_when_answered(), name="database-probe")
+
+    async def _resume_when_answered(self) -> None:
+        while not await self._database_answers():  # noqa: ASYNC110 - nobody else can tell us
+            await asyncio.sleep(PROBE_SECONDS)
+        self._stalled = False
+        telemetry.STALLED.set(0)
+        for subscription in self._subscriptions.values():
+            subscription.resume()
+        log.info("resumed")
+
+    @property
+    def stalled(self) -> bool:
+        """Whether consumption is paused for the database."""
+        return self._stalled
+
+
+class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
+    """One topic's subscriber: its FastStream wiring, and its part in a rebalance."""
+
+    def __init__(self, owner: Consumer, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        self._subscriber: Any = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def subscribe(self, broker: KafkaBroker) -> None:
+        settings = self._owner._settings  # noqa: SLF001 - two halves of one object
+        topic = settings.topic(self._name)
+        self._subscriber = broker.subscriber(
+            topic,
+            group_id=f"{settings.topic_prefix}credit-workers.{self._name}",
+            batch=True,
+            max_records=settings.batch_records_max,
+            batch_timeout_ms=POLL_MS,
+            ack_policy=AckPolicy.MANUAL,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            no_reply=True,  # else a record's `reply_to` header names a topic that we would publish to
+            parser=_keep_raw,
+            decoder=_records,
+            listener=self,
+            max_poll_interval_ms=settings.max_poll_interval_ms,
+            session_timeout_ms=SESSION_MS,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+        )
+        self._subscriber(self._handle)
+
+    async def _handle(self, batch: Sequence[ConsumerRecord[Any, Any]]) -> None:
+        consumer = self._subscriber.consumer
+        self._idle.clear()
+        try:
+            await self._owner.apply(self._name, consumer, batch)
+        except Exception as error:  # FastStream would log it and go on with the next batch
+            self._owner._on_fault(error)  # noqa: SLF001 - two halves of one object
+        finally:
+            self._idle.set()
+
+    @property
+    def assigned(self) -> set[TopicPartition]:
+        consumer = self._subscriber.consumer
+        return set(consumer.assignment()) if consumer is not None else set()
+
+    def lag(self) -> int:
+        consumer, behind = self._subscriber.consumer, 0
+        for partition in self.assigned:
+            with suppress(IllegalStateError, KafkaError, AttributeError):
+                high = consumer.highwater(partition)
+                state = consumer._subscription.subscription.assignment.state_value(partition)  # noqa: SLF001 - position() would wait for the broker
+                if high is not None and state is not None and state.has_valid_position:
+                    behind += max(0, high - state.position)
+        return behind
+
+    def pause(self) -> None:
+        if self.assigned:
+            self._subscriber.consumer.pause(*self.assigned)
+
+    def resume(self) -> None:
+        if self.assigned:
+            self._subscriber.consumer.resume(*self.assigned)
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:  # noqa: ARG002 - aiokafka's signature
+        """Let the batch in flight end, so that the next owner need not read it again; but not for ever."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), REVOKE_SECONDS)
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        """New partitions are paused too while the database is away."""
+        if self._owner.stalled and assigned:
+            self._subscriber.consumer.pause(*assigned)
+
+
+def observe(report: Report) -> None:
+    """Count what became of records; each outcome increments exactly one counter (R11)."""
+    for (topic, outcome), count in report.outcomes.items():
+        telemetry.RECORDS.labels(topic=topic, outcome=outcome).inc(count)
+    for reason, count in report.rejections.items():
+        telemetry.REJECTIONS.labels(reason=reason).inc(count)
+    for (topic, reason), count in report.dead.items():
+        telemetry.DEAD_LETTERS.labels(topic=topic, reason=reason).inc(count)
+    for (topic, type_), count in report.ignored.items():
+        for _ in range(count):
+            telemetry.count_ignored(topic, type_)
+
+
+async def _keep_raw(batch: Sequence[ConsumerRecord[Any, Any]]) -> KafkaMessage:
+    """A message that FastStream cannot stumble over: nothing is decoded, no header is believed."""
+    return KafkaMessage(body=b"", headers={}, raw_message=tuple(batch), consumer=_NEVER)
+
+
+async def _records(message: KafkaMessage) -> Sequence[ConsumerRecord[Any, Any]]:
+    return message.raw_message
+
+
+class _Never:
+    """FastStream asks for a consumer to acknowledge with; we commit ourselves, and never through this."""
+
+    async def commit(self) -> None:
+        raise AssertionError("offsets are committed by the consumer module only")
+
+    def seek(self, partition: object, offset: int) -> None:  # noqa: ARG002 - FastStream's protocol
+        raise AssertionError("positions are moved by the consumer module only")
+
+
+_NEVER = _Never()
+
+
+def _seek(consumer: AIOKafkaConsumer, first: dict[TopicPartition, int]) -> None:
+    """Go back to where the batch began, in every partition that is still ours."""
+    for partition, offset in first.items():
+        with suppress(
+            IllegalStateError
+        ):  # revoked meanwhile: the next owner starts from the committed offset
+            consumer.seek(partition, offset)
+
+
+async def _commit(consumer: AIOKafkaConsumer, last: dict[TopicPartition, int]) -> None:
+    """Commit each partition after its last record. A failure costs a repeat, which the ledger answers."""
+    ours = consumer.assignment()
+    offsets = {
+        partition: OffsetAndMetadata(offset + 1, "")
+        for partition, offset in last.items()
+        if partition in ours
+    }
+    if not offsets:
+        return
+    try:
+        await consumer.commit(offsets)
+    except (CommitFailedError, IllegalStateError, KafkaError) as error:
+        log.warning("offsets_not_committed", partitions=len(offsets), exc_info=error)
+
+
+def _security(settings: Settings, options: dict[str, Any]) -> BaseSecurity | None:
+    context = options.get("ssl_context")
+    if not settings.kafka_security_protocol.startswith("SASL"):
+        return BaseSecurity(ssl_context=context, use_ssl=True) if context else None
+    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+    return kinds[settings.kafka_sasl_mechanism](
+        username=options["sasl_plain_username"] or "",
+        password=options["sasl_plain_password"],
+        ssl_context=context,
+        use_ssl=context is not None,
+    )

@@ -1,0 +1,192 @@
+"""Outbox → Kafka, in order (R10).
+
+Invariants: what is published was committed; one account's messages are published by one relay at a time, in the
+order of their versions; a row leaves the outbox only after the broker acknowledged it with all replicas. The
+relay reads the oldest rows that are there, never "those after the last one": a row that commits late has a lower
+number. A crash between acknowledgement and deletion repeats messages with the same ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import asyncpg
+import orjson
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from workers import telemetry
+from workers.messages.outbound import ALERT, CHANGED, REJECTED, SHARDS
+from workers.messages.record import decode_headers
+from workers.settings import Settings, kafka_options, require
+from workers.store.database import connect
+from workers.store.sql import SQL
+from workers.topics import INBOUND_BYTES_MAX
+
+log = structlog.get_logger(__name__)
+
+SHARD_LOCKS = (
+    0x6F757462  # "outb": the first half of the advisory lock's key; the shard is the second
+)
+SOURCE = "credit-workers"
+ROWS_MAX = 2000
+# A commit in this process wakes the relay at once; another process's commit is found by polling.
+POLL_SECONDS = 0.05
+SHARDS_SECONDS = 2.0
+BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
+DELIVERY_MS = 15_000
+# A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
+DEAD_VALUE_BYTES_MAX = INBOUND_BYTES_MAX - 512 * 1024
+
+_ATTRIBUTES = {
+    type_: [
+        ("ce_specversion", b"1.0"),
+        ("ce_type", type_.encode()),
+        ("ce_source", SOURCE.encode()),
+        ("ce_dataschema", f"https://credit-workers.invalid/schemas/events/{type_}/v1".encode()),
+        ("content-type", b"application/json"),
+    ]
+    for type_ in (CHANGED, REJECTED, ALERT)
+}
+
+
+class Relay:
+    """Publishes the outbox's shards that it holds, until it is stopped."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._wake = asyncio.Event()
+        self._shards: set[int] = set()
+
+    def wake(self) -> None:
+        """Something was committed: look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Publish until cancelled. Whatever fails, connection and producer are made anew after a back-off."""
+        backoff = BACKOFF_SECONDS_MIN
+        while True:
+            try:
+                await self._publish_until_failure()
+            except (
+                OSError,
+                TimeoutError,
+                KafkaError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+            ) as error:
+                telemetry.PUBLISH_FAILURES.inc()
+                log.warning("relay_restarted", backoff_seconds=backoff, exc_info=error)
+            else:
+                backoff = BACKOFF_SECONDS_MIN
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
+
+    async def _publish_until_failure(self) -> None:
+        database_url = require(self._settings.database_url, "database_url")
+        connection = await connect(database_url, name="credit-workers relay")
+        producer = AIOKafkaProducer(
+            **kafka_options(self._settings),
+            enable_idempotence=True,
+            acks="all",
+            max_request_size=INBOUND_BYTES_MAX,
+            max_batch_size=256 * 1024,
+            request_timeout_ms=DELIVERY_MS,
+            client_id="credit-workers-relay",
+        )
+        try:
+            await producer.start()
+            loop = asyncio.get_running_loop()
+            look_for_shards = loop.time()
+            while True:
+                if loop.time() >= look_for_shards:
+                    await self._take_shards(connection)
+                    look_for_shards = loop.time() + SHARDS_SECONDS
+                self._wake.clear()
+                if await self.publish_once(connection, producer) < ROWS_MAX:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+        finally:
+            self._shards.clear()
+            await producer.stop()
+            await connection.close(timeout=5)
+
+    async def _take_shards(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Hold every shard that nobody holds; a session that ends lets go of its own."""
+        for shard in range(SHARDS):
+            if shard not in self._shards and await connection.fetchval(
+                SQL["take_shard"], SHARD_LOCKS, shard
+            ):
+                self._shards.add(shard)
+
+    async def publish_once(
+        self, connection: asyncpg.Connection[asyncpg.Record], producer: AIOKafkaProducer
+    ) -> int:
+        """Publish the oldest rows and delete those acknowledged. Returns how many there were.
+
+        Raises:
+            KafkaError: a row was not acknowledged; it and all later rows of its key stay.
+        """
+        if not self._shards:
+            return 0
+        rows = await connection.fetch(SQL["read_outbox"], sorted(self._shards), ROWS_MAX)
+        if not rows:
+            return 0
+        sent = [await producer.send(**self._message(row)) for row in rows]
+        results = await asyncio.gather(*sent, return_exceptions=True)
+        failed = {
+            row["aggregateid"]
+            for row, result in zip(rows, results, strict=True)
+            if isinstance(result, BaseException)
+        }
+        done = [row for row in rows if row["aggregateid"] not in failed]
+        await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
+        for topic, count in Counter(row["aggregatetype"] for row in done).items():
+            telemetry.PUBLISHED.labels(topic=topic).inc(count)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return len(rows)
+
+    def _message(self, row: asyncpg.Record) -> dict[str, Any]:
+        topic = self._settings.topic(row["aggregatetype"])
+        if row["dead_letter_id"] is not None:
+            return {"topic": topic, **_dead_letter(row)}
+        headers = [
+            *_ATTRIBUTES[row["type"]],
+            ("ce_id", str(row["id"]).encode()),
+            ("ce_subject", row["aggregateid"].encode()),
+            *((name, value.encode()) for name, value in orjson.loads(row["headers"]).items()),
+        ]
+        return {
+            "topic": topic,
+            "key": row["aggregateid"].encode(),
+            "value": row["payload"],
+            "headers": headers,
+        }
+
+
+def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:
+    """The record as it came, with where it was and why it is dead."""
+    value = row["value"]
+    told: Sequence[tuple[str, str]] = (
+        ("dead-letter-id", str(row["dead_letter_id"])),
+        ("dead-letter-reason", row["reason"]),
+        ("dead-letter-detail", row["detail"][:1000]),
+        ("dead-letter-topic", row["record_topic"]),
+        ("dead-letter-partition", str(row["record_partition"])),
+        ("dead-letter-offset", str(row["record_offset"])),
+    )
+    headers = [
+        *decode_headers(row["record_headers"]),
+        *((name, text.encode()) for name, text in told),
+    ]
+    if value is not None and len(value) > DEAD_VALUE_BYTES_MAX:
+        headers.append(("dead-letter-value-omitted", str(len(value)).encode()))
+        value = None
+    return {"key": row["key"], "value": value, "headers": headers}

@@ -1,0 +1,61 @@
+"""What an error of the database means: try again, this record cannot be stored, or stop.
+
+The one table of retry causes. What is not in it is `permanent` for a single record and makes a batch split,
+because an unknown error repeated for ever would be a silent stop.
+"""
+
+import re
+from typing import Literal, TypeAlias
+
+import asyncpg
+
+from workers.store.load import OwnersChanged
+
+Verdict: TypeAlias = Literal["transient", "permanent"]
+
+# Classes and codes of the SQL standard and PostgreSQL (Appendix A of its manual).
+TRANSIENT_CLASSES = frozenset(
+    {
+        "08",  # connection exceptions
+        "40",  # serialization failure, deadlock, unknown completion of a statement
+        "53",  # no disk, no memory, too many connections
+        "57",  # cancelled, shutting down, starting up
+        "58",  # the system failed below the database
+    }
+)
+TRANSIENT_CODES = frozenset(
+    {
+        "23505",  # unique violation: another worker used the key first; loading anew finds it
+        "25006",  # read-only transaction: a failover is going on
+        "25P03",  # idle in transaction for too long
+        "25P04",  # transaction took too long
+        "55P03",  # lock not available in time
+        "0A000",  # cached plan must not change result type: a migration ran
+    }
+)
+
+
+def classify(error: BaseException) -> tuple[Verdict, str]:
+    """The verdict on an error, and the cause's name for counters and logs."""
+    if isinstance(error, OwnersChanged):
+        return "transient", "owners_changed"
+    if isinstance(error, asyncpg.PostgresError):
+        code = error.sqlstate or ""
+        transient = code[:2] in TRANSIENT_CLASSES or code in TRANSIENT_CODES
+        return ("transient" if transient else "permanent"), code or type(error).__name__
+    # asyncpg's InterfaceError has no code. It says that a connection is gone, and also that a value cannot be
+    # encoded or that arguments are missing: those would fail again for ever.
+    if isinstance(error, asyncpg.InterfaceError) and re.search(r"connection|pool", str(error)):
+        return "transient", "interface_error"
+    if isinstance(error, (OSError, TimeoutError)):
+        return "transient", "connection"
+    return "permanent", type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """An error in a sentence without row data: PostgreSQL's DETAIL may quote what was being written."""
+    if isinstance(error, asyncpg.PostgresError):
+        return f"{type(error).__name__} ({error.sqlstate}): {error.args[0] if error.args else ''}"[
+            :500
+        ]
+    return f"{type(error).__name__}: {error}"[:500]

@@ -1,0 +1,204 @@
+-- Every statement of a batch. Each block is a name, a sentence, and the SQL; `sql.py` reads them by name.
+
+-- name: find_identities
+-- What the mapping table says of these external ids.
+SELECT external_id, provider, owner FROM identities WHERE external_id = ANY($1::text[]);
+
+-- name: find_parties
+-- Accounts of business objects that a batch names: they must be locked too.
+SELECT account_id FROM generations WHERE generation_id = ANY($1::text[]) AND account_id IS NOT NULL
+UNION SELECT client_account FROM bookings WHERE booking_id = ANY($2::text[]) AND client_account IS NOT NULL
+UNION SELECT practitioner_account FROM bookings WHERE booking_id = ANY($2::text[]) AND practitioner_account IS NOT NULL;
+
+-- name: create_accounts
+-- R1: created on first sight, in the order in which they will be locked.
+INSERT INTO accounts (account_id) SELECT id FROM unnest($1::text[]) AS id ORDER BY id COLLATE "C"
+ON CONFLICT DO NOTHING;
+
+-- name: lock_accounts
+-- One lock order for every writer: by account id.
+SELECT account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, registered_at,
+       updated_at
+FROM accounts WHERE account_id = ANY($1::text[]) ORDER BY account_id FOR UPDATE;
+
+-- name: read_clock
+-- R12: the time of the decision, taken after the locks.
+SELECT clock_timestamp();
+
+-- name: load_commands
+-- The worker's memory of these keys.
+SELECT c.scope, c.type, c.key, c.fingerprint
+FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (scope, type, key)
+JOIN commands c ON (c.key, c.type, c.scope) = (wanted.key, wanted.type, wanted.scope);
+
+-- name: load_lots
+-- The open lots of the locked accounts.
+SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
+       subscription_id, period_start, granted_version, granted_at
+FROM lots WHERE account_id = ANY($1::text[]) AND open;
+
+-- name: load_generations
+-- The generations that are named, and the holds of locked accounts that are past their deadline.
+SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
+       given_back, counted_on, recorded_at
+FROM generations WHERE generation_id = ANY($1::text[])
+UNION ALL
+SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
+       given_back, counted_on, recorded_at
+FROM generations
+WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+
+-- name: load_bookings
+-- The bookings that are named.
+SELECT booking_id, client_account, practitioner_account, state, credits, given_back, earning_lot, recorded_at
+FROM bookings WHERE booking_id = ANY($1::text[]);
+
+-- name: load_purchases
+-- The business keys that are named.
+SELECT purchase_key, account_id, kind, lot_id, credits, subscription_id, plan, period_start, period_end, invoice_id,
+       payment_id, paid, catalogue_version, transaction_id, recorded_at
+FROM purchases WHERE purchase_key = ANY($1::text[]);
+
+-- name: load_usage
+-- Today's counters whatever the account's zone, and those of the days on which loaded generations were counted.
+SELECT account_id, day, generations FROM usage_days
+WHERE account_id = ANY($1::text[]) AND member_id = '' AND (day >= $2::date - 1 OR day = ANY($3::date[]));
+
+-- name: update_accounts
+-- The new totals of the accounts that changed, whose rows this transaction has locked.
+UPDATE accounts a
+SET subscription = n.subscription, purchased = n.purchased, held = n.held, debt = n.debt, version = n.version,
+    chain_hash = n.chain_hash, tier = n.tier, time_zone = n.time_zone, registered_at = n.registered_at,
+    updated_at = coalesce(n.updated_at, a.updated_at)
+FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bytea[], $8::text[],
+            $9::text[], $10::timestamptz[], $11::timestamptz[])
+     AS n (account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, registered_at,
+           updated_at)
+WHERE a.account_id = n.account_id;
+
+-- name: update_lots
+-- What remains of lots that were there before.
+UPDATE lots l
+SET remaining = n.remaining, held = n.held, expired = n.expired, clawed = n.clawed, expires_at = n.expires_at,
+    open = n.remaining > 0
+FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::timestamptz[])
+     AS n (lot_id, remaining, held, expired, clawed, expires_at)
+WHERE l.lot_id = n.lot_id;
+
+-- name: update_generations
+-- The new state of generations that were there before.
+UPDATE generations g
+SET account_id = n.account_id, state = n.state, held = n.held, hold_allocation = n.hold_allocation::jsonb,
+    deadline_at = n.deadline_at, taken = n.taken, given_back = n.given_back, counted_on = n.counted_on,
+    recorded_at = n.recorded_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::timestamptz[], $7::bigint[],
+            $8::bigint[], $9::date[], $10::timestamptz[])
+     AS n (generation_id, account_id, state, held, hold_allocation, deadline_at, taken, given_back, counted_on,
+           recorded_at)
+WHERE g.generation_id = n.generation_id;
+
+-- name: update_bookings
+-- The new state of bookings that were there before.
+UPDATE bookings b SET state = n.state, given_back = n.given_back
+FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given_back)
+WHERE b.booking_id = n.booking_id;
+
+-- name: write_usage
+-- The day's counters.
+INSERT INTO usage_days (account_id, day, generations)
+SELECT * FROM unnest($1::text[], $2::date[], $3::bigint[])
+ON CONFLICT (account_id, member_id, day) DO UPDATE SET generations = excluded.generations;
+
+-- name: write_dead_letters
+-- Keep messages that could not be applied; one that is kept already, at the same coordinates, stays as it is.
+INSERT INTO dead_letters (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, reason, detail,
+                          source, type, command_key, recorded_at)
+SELECT topic, partition, kafka_offset, record_hash, record_at, key, value, headers::jsonb, reason, detail, source, type,
+       command_key, clock_timestamp()
+FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::bytea[], $7::bytea[], $8::text[],
+            $9::text[], $10::text[], $11::text[], $12::text[], $13::text[])
+     AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, reason, detail, source, type,
+           command_key)
+ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING
+RETURNING dead_letter_id, topic, partition, kafka_offset, reason;
+
+-- name: return_dead_letters
+-- Replayed messages that failed again: dead once more, under their own number.
+UPDATE dead_letters d
+SET state = 'dead', attempts = d.attempts + 1, reason = n.reason, detail = n.detail, settled_at = NULL
+FROM unnest($1::bigint[], $2::text[], $3::text[]) AS n (dead_letter_id, reason, detail)
+WHERE d.dead_letter_id = n.dead_letter_id AND d.state = 'replaying'
+RETURNING d.dead_letter_id, d.topic, d.partition, d.kafka_offset, d.reason;
+
+-- name: settle_dead_letters
+-- Replayed messages that ended otherwise than dead.
+UPDATE dead_letters SET state = 'replayed', settled_at = clock_timestamp(), settled_reason = 'replayed'
+WHERE dead_letter_id = ANY($1::bigint[]) AND state = 'replaying';
+
+-- name: park
+-- Keep messages that wait; one that waits already, at the same coordinates, stays as it is.
+INSERT INTO parked (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, provider, waits_for,
+                    detail, source, type, command_key, parked_at, next_attempt_at, deadline_at)
+SELECT topic, partition, kafka_offset, record_hash, record_at, key, value, headers::jsonb, provider, waits_for, detail,
+       source, type, command_key, clock_timestamp(), clock_timestamp() + interval '1 second',
+       clock_timestamp() + make_interval(secs => $15)
+FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[], $6::bytea[], $7::bytea[], $8::text[],
+            $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
+     AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, provider, waits_for, detail,
+           source, type, command_key)
+ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING;
+
+-- name: claim_parked
+-- Messages whose wait is over: their time came, or what they wait for is known. Polling is the guarantee, so that no
+-- wake-up can be missed; whoever claims one holds it until its transaction ends.
+SELECT p.parked_id, p.topic, p.partition, p.kafka_offset, p.record_at, p.key, p.value, p.headers, p.dead_letter_id,
+       p.attempts, p.deadline_at <= clock_timestamp() AS overdue
+FROM parked p
+WHERE p.next_attempt_at <= clock_timestamp()
+   OR EXISTS (SELECT FROM identities i WHERE i.external_id = p.waits_for AND i.provider = p.provider)
+ORDER BY p.parked_id LIMIT $1 FOR UPDATE SKIP LOCKED;
+
+-- name: wait_longer
+-- Back-off of what still waits: twice as long each time, at most five minutes.
+UPDATE parked p
+SET attempts = p.attempts + 1, provider = n.provider, waits_for = n.waits_for, detail = n.detail,
+    next_attempt_at = clock_timestamp() + make_interval(secs => least(300, 2 ^ least(p.attempts, 10)))
+FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS n (parked_id, provider, waits_for, detail)
+WHERE p.parked_id = n.parked_id;
+
+-- name: unpark
+-- Messages that wait no longer.
+DELETE FROM parked WHERE parked_id = ANY($1::bigint[]);
+
+-- name: beat
+-- Say that this worker lives, and what it consumes.
+INSERT INTO heartbeats (worker_id, pid, topics, beat_at, started_at)
+VALUES ($1, $2, $3, clock_timestamp(), clock_timestamp())
+ON CONFLICT (worker_id) DO UPDATE SET topics = excluded.topics, beat_at = excluded.beat_at;
+
+-- name: stop_beating
+-- A worker that stops says so; one that died is forgotten after a while.
+DELETE FROM heartbeats WHERE worker_id = $1 OR beat_at < clock_timestamp() - interval '1 hour';
+
+-- name: take_shard
+-- One publisher for each shard, as long as its session lives.
+SELECT pg_try_advisory_lock($1, $2);
+
+-- name: read_outbox
+-- The oldest rows of the owned shards. Never "after the last one": a row that commits late has a lower number.
+SELECT o.sequence, o.id, o.aggregatetype, o.aggregateid, o.type, o.payload, o.headers, d.key, d.value,
+       d.headers AS record_headers, d.topic AS record_topic, d.partition AS record_partition,
+       d.kafka_offset AS record_offset, d.reason, d.detail, d.dead_letter_id
+FROM outbox o LEFT JOIN dead_letters d ON d.dead_letter_id = o.dead_letter_id
+WHERE o.shard = ANY($1::smallint[]) ORDER BY o.sequence LIMIT $2;
+
+-- name: settle_outbox
+-- What the broker acknowledged is gone.
+DELETE FROM outbox WHERE sequence = ANY($1::bigint[]);
+
+-- name: find_due_accounts
+-- Accounts that time has done something to: holds past their deadline, lots past their expiry with credits unheld.
+SELECT account_id FROM generations WHERE state = 'held' AND deadline_at <= clock_timestamp()
+UNION
+SELECT account_id FROM lots WHERE open AND expires_at <= clock_timestamp() AND remaining > held
+LIMIT $1;

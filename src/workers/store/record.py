@@ -1,0 +1,308 @@
+"""Write what a batch did: new rows by COPY, changed rows by one join for each table, all in one transaction."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, assert_never
+
+import orjson
+
+from workers.ledger.commands import Link, accounts_of
+from workers.ledger.execute import Decision, Execution
+from workers.ledger.model import Entry, Generation, Lot
+from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
+from workers.messages.outbound import Publication, changed, changed_lots
+from workers.store.load import Connection
+from workers.store.sql import SQL, columns
+
+ENTRY_COLUMNS = (
+    "account_id", "version", "entry_id", "transaction_id", "kind", "subscription_delta", "purchased_delta", "held_delta",
+    "debt_delta", "balance_before", "balance_after", "subscription_after", "purchased_after", "held_after", "debt_after",
+    "allocation", "member_id", "cause", "topic", "partition", "kafka_offset", "trace_id", "catalogue_version",
+    "occurred_at", "recorded_at", "previous_hash", "hash",
+)  # fmt: skip
+COMMAND_COLUMNS = (
+    "scope", "type", "key", "fingerprint", "outcome", "reason", "account_id", "required", "available", "transaction_id",
+    "recorded_at",
+)  # fmt: skip
+LOT_COLUMNS = (
+    "lot_id", "account_id", "pool", "granted", "remaining", "held", "expired", "clawed", "open", "expires_at",
+    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at",
+)  # fmt: skip
+GENERATION_COLUMNS = (
+    "generation_id", "account_id", "member_id", "state", "kind", "model", "units", "held", "hold_allocation",
+    "deadline_at", "taken", "given_back", "counted_on", "recorded_at",
+)  # fmt: skip
+BOOKING_COLUMNS = (
+    "booking_id", "client_account", "practitioner_account", "state", "credits", "given_back", "earning_lot",
+    "recorded_at",
+)  # fmt: skip
+PURCHASE_COLUMNS = (
+    "purchase_key", "account_id", "kind", "lot_id", "credits", "subscription_id", "plan", "period_start", "period_end",
+    "invoice_id", "payment_id", "paid", "catalogue_version", "transaction_id", "recorded_at",
+)  # fmt: skip
+OUTBOX_COLUMNS = (
+    "id",
+    "aggregatetype",
+    "aggregateid",
+    "type",
+    "payload",
+    "headers",
+    "shard",
+    "dead_letter_id",
+)
+
+
+async def record_execution(
+    connection: Connection, execution: Execution, fresh_links: Sequence[Link]
+) -> list[Publication]:
+    """Write the fold's effects: state, journal and memory. Returns what the journal has to tell, unsent."""
+    publications, entries = [], []
+    for entry in execution.entries:
+        lots = changed_lots(entry)
+        publications.append(changed(entry, lots))
+        entries.append(_entry_row(entry, lots))
+    await _copy(connection, "entries", ENTRY_COLUMNS, entries)
+    commands = [
+        _command_row(decision, execution)
+        for decision in execution.decisions
+        if decision.transaction_id
+    ]
+    await _copy(connection, "commands", COMMAND_COLUMNS, commands)
+    await _copy(
+        connection,
+        "purchases",
+        PURCHASE_COLUMNS,
+        ([getattr(row, name) for name in PURCHASE_COLUMNS] for row in execution.purchases),
+    )
+    links = [
+        (link.external_id, link.provider, link.owner, link.resolved_by, execution.now)
+        for link in fresh_links
+    ]
+    await _copy(
+        connection,
+        "identities",
+        ("external_id", "provider", "owner", "resolved_by", "recorded_at"),
+        links,
+    )
+    await _write_accounts(connection, execution)
+    await _write_lots(connection, execution)
+    await _write_generations(connection, execution)
+    await _write_bookings(connection, execution)
+    await _write_usage(connection, execution)
+    return publications
+
+
+async def record_publications(connection: Connection, publications: Iterable[Publication]) -> None:
+    """Put what will be published into the outbox, in this order."""
+    await _copy(connection, "outbox", OUTBOX_COLUMNS, publications)
+
+
+async def _copy(
+    connection: Connection, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    rows = list(rows)
+    if rows:
+        await connection.copy_records_to_table(table, columns=columns, records=rows)
+
+
+def _entry_row(entry: Entry, lots: list[dict[str, Any]]) -> tuple[Any, ...]:
+    return (
+        entry.account_id,
+        entry.version,
+        entry.entry_id,
+        entry.transaction_id,
+        entry.kind,
+        entry.subscription_delta,
+        entry.purchased_delta,
+        entry.held_delta,
+        entry.debt_delta,
+        entry.balance_before,
+        entry.balance_after,
+        entry.subscription_after,
+        entry.purchased_after,
+        entry.held_after,
+        entry.debt_after,
+        orjson.dumps(lots).decode(),
+        entry.member_id,
+        orjson.dumps(entry.cause).decode(),
+        entry.topic,
+        entry.partition,
+        entry.offset,
+        entry.trace_id,
+        entry.catalogue_version,
+        entry.occurred_at,
+        entry.recorded_at,
+        entry.previous_hash,
+        entry.link,
+    )
+
+
+def outcome_name(outcome: Outcome) -> Literal["applied", "rejected", "duplicate", "conflict"]:
+    """An outcome's word, in the memory, the logs and the metrics."""
+    match outcome:
+        case Applied():
+            return "applied"
+        case Rejected():
+            return "rejected"
+        case Duplicate():
+            return "duplicate"
+        case Conflict():
+            return "conflict"
+        case _:
+            assert_never(outcome)
+
+
+def _command_row(decision: Decision, execution: Execution) -> tuple[Any, ...]:
+    cause, outcome = decision.command.cause, decision.outcome
+    refusal = outcome if isinstance(outcome, Rejected) else None
+    return (
+        cause.source,
+        cause.type,
+        cause.key,
+        decision.command.fingerprint,
+        outcome_name(outcome),
+        refusal.reason if refusal else None,
+        refusal.account if refusal else next(iter(accounts_of(decision.command.action)), None),
+        refusal.required if refusal else None,
+        refusal.available if refusal else None,
+        decision.transaction_id,
+        execution.now,
+    )
+
+
+async def _write_accounts(connection: Connection, execution: Execution) -> None:
+    changed_accounts = [account for account in execution.state.accounts.values() if account.changed]
+    if changed_accounts:
+        rows = (
+            (
+                account.account_id,
+                account.subscription,
+                account.purchased,
+                account.held,
+                account.debt,
+                account.version,
+                account.chain_hash,
+                account.tier,
+                account.time_zone,
+                account.registered_at,
+                account.updated_at,
+            )
+            for account in changed_accounts
+        )
+        await connection.execute(SQL["update_accounts"], *columns(rows))
+
+
+async def _write_lots(connection: Connection, execution: Execution) -> None:
+    lots = execution.state.lots.values()
+    fresh = (_lot_row(lot) for lot in lots if lot.fresh)
+    await _copy(connection, "lots", LOT_COLUMNS, fresh)
+    old = [
+        (lot.lot_id, lot.remaining, lot.held, lot.expired, lot.clawed, lot.expires_at)
+        for lot in lots
+        if lot.changed and not lot.fresh
+    ]
+    if old:
+        await connection.execute(SQL["update_lots"], *columns(old))
+
+
+def _lot_row(lot: Lot) -> tuple[Any, ...]:
+    return (
+        lot.lot_id,
+        lot.account_id,
+        lot.pool,
+        lot.granted,
+        lot.remaining,
+        lot.held,
+        lot.expired,
+        lot.clawed,
+        lot.remaining > 0,
+        lot.expires_at,
+        lot.source_kind,
+        lot.source_reference,
+        lot.subscription_id,
+        lot.period_start,
+        lot.granted_version,
+        lot.granted_at,
+    )
+
+
+async def _write_generations(connection: Connection, execution: Execution) -> None:
+    generations = execution.state.generations.values()
+    fresh = (
+        (
+            generation.generation_id,
+            generation.account_id,
+            generation.member_id,
+            generation.state,
+            generation.kind,
+            generation.model,
+            generation.units,
+            generation.held,
+            _pinned(generation),
+            generation.deadline_at,
+            generation.taken,
+            generation.given_back,
+            generation.counted_on,
+            generation.recorded_at,
+        )
+        for generation in generations
+        if generation.fresh
+    )
+    await _copy(connection, "generations", GENERATION_COLUMNS, fresh)
+    old = [
+        (
+            generation.generation_id,
+            generation.account_id,
+            generation.state,
+            generation.held,
+            _pinned(generation),
+            generation.deadline_at,
+            generation.taken,
+            generation.given_back,
+            generation.counted_on,
+            generation.recorded_at,
+        )
+        for generation in generations
+        if generation.changed and not generation.fresh
+    ]
+    if old:
+        await connection.execute(SQL["update_generations"], *columns(old))
+
+
+def _pinned(generation: Generation) -> str:
+    return orjson.dumps([[str(pin.lot_id), pin.credits] for pin in generation.pinned]).decode()
+
+
+async def _write_bookings(connection: Connection, execution: Execution) -> None:
+    bookings = execution.state.bookings.values()
+    fresh = (
+        (
+            booking.booking_id,
+            booking.client,
+            booking.practitioner,
+            booking.state,
+            booking.credits,
+            booking.given_back,
+            booking.earning_lot,
+            booking.recorded_at,
+        )
+        for booking in bookings
+        if booking.fresh
+    )
+    await _copy(connection, "bookings", BOOKING_COLUMNS, fresh)
+    old = [
+        (booking.booking_id, booking.state, booking.given_back)
+        for booking in bookings
+        if booking.changed and not booking.fresh
+    ]
+    if old:
+        await connection.execute(SQL["update_bookings"], *columns(old))
+
+
+async def _write_usage(connection: Connection, execution: Execution) -> None:
+    rows = [
+        (usage.account_id, usage.day, usage.generations)
+        for usage in execution.state.usage.values()
+        if usage.changed
+    ]
+    if rows:
+        await connection.execute(SQL["write_usage"], *columns(rows))

@@ -1,0 +1,214 @@
+"""The worker process: consumer, relay, clock and parked messages around one ledger, started and stopped as one.
+
+A part that fails for a reason that is our own fault stops the process with that error; whoever supervises it
+starts it again. SIGTERM and SIGINT end it in order: no new records, the batch in flight, the relay, the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+from uuid import UUID
+
+import asyncpg
+import structlog
+from aiokafka.errors import KafkaError
+
+from workers import telemetry
+from workers.batch import Ledger, Report
+from workers.clock import run_clock
+from workers.consumer import Consumer, observe
+from workers.relay import Relay
+from workers.settings import Settings, require
+from workers.sources import Sources
+from workers.store.database import answers, open_pool
+from workers.store.failures import classify
+from workers.store.ids import new_ids
+from workers.store.sql import SQL
+
+log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
+
+BEAT_SECONDS = 1.0
+PARKED_SECONDS = 1.0
+PARKED_MAX = 100
+# A message that is ready and still waits would be claimed again at once: so many rounds, then the next tick.
+PARKED_ROUNDS_MAX = 20
+START_BACKOFF_SECONDS = 1.0
+
+
+class Worker:
+    """Everything that runs in a worker process."""
+
+    def __init__(self, settings: Settings, pool: asyncpg.Pool[asyncpg.Record]) -> None:
+        catalogue = settings.load_catalogue()
+        sources = Sources(catalogue, settings.webhook_secrets, settings.record_bytes_max)
+        self._pool = pool
+        self._ledger = Ledger(
+            pool, sources, catalogue, parked_deadline_seconds=settings.parked_deadline_seconds
+        )
+        self._relay = Relay(settings)
+        self._consumer = Consumer(
+            settings,
+            self._ledger,
+            database_answers=lambda: answers(pool),
+            on_applied=self._applied,
+            on_fault=self._fault,
+        )
+        self._id: UUID = next(new_ids())
+        self._linked = asyncio.Event()
+        self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to consume, publish and keep time. Raises KafkaError when the broker cannot be reached."""
+        await self._consumer.start()
+        for name, run in (
+            ("relay", self._relay.run()),
+            ("clock", run_clock(self._ledger, self._applied)),
+            ("parked", self._apply_parked()),
+            ("heartbeat", self._beat()),
+        ):
+            task = asyncio.create_task(run, name=name)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
+        log.info("worker_started", worker_id=str(self._id), pid=os.getpid())
+
+    async def stop(self) -> None:
+        """End everything; what was in flight and is not committed, Kafka brings again. Idempotent."""
+        await self._consumer.stop()
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            await self._pool.execute(SQL["stop_beating"], self._id, timeout=2)
+        log.info("worker_stopped", worker_id=str(self._id))
+
+    async def failed(self) -> None:
+        """Wait for the first fault of our own, and raise it."""
+        await self._faulty
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fault(error)
+
+    def _fault(self, error: BaseException) -> None:
+        log.critical("worker_fault", exc_info=error)
+        if not self._faulty.done():
+            self._faulty.set_exception(error)
+
+    def _applied(self, report: Report) -> None:
+        if report.published:
+            self._relay.wake()
+        if report.linked:
+            self._linked.set()
+
+    async def _apply_parked(self) -> None:
+        """Apply parked messages when what they wait for is there: woken by a link, and every second anyway."""
+        while True:
+            try:
+                for _ in range(PARKED_ROUNDS_MAX):
+                    report = await self._ledger.apply_parked(PARKED_MAX)
+                    if report is None:
+                        break
+                    observe(report)
+                    outcomes = {outcome: count for (_, outcome), count in report.outcomes.items()}
+                    log.info(
+                        "parked_applied",
+                        outcomes=outcomes,
+                        duration_ms=round(report.seconds * 1000, 1),
+                    )
+                    self._applied(report)
+            except Exception as error:
+                verdict, cause = classify(error)
+                if verdict != "transient":
+                    raise
+                log.warning("parked_wait", cause=cause)
+            self._linked.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._linked.wait(), PARKED_SECONDS)
+
+    async def _beat(self) -> None:
+        """Tell in the database that this worker lives and what it consumes."""
+        while True:
+            topics = self._consumer.consumed_topics()
+            self._consumer.observe_lag()
+            telemetry.POOL_IN_USE.set(self._pool.get_size() - self._pool.get_idle_size())
+            try:
+                await self._pool.execute(SQL["beat"], self._id, os.getpid(), topics, timeout=5)
+            except Exception as error:
+                if classify(error)[0] != "transient":
+                    raise
+            await asyncio.sleep(BEAT_SECONDS)
+
+
+async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
+    """Run a worker until SIGTERM, SIGINT or `stop`. Waits for servers that are not there yet.
+
+    Raises:
+        Exception: a fault of our own; the process must end with it.
+    """
+    stop = stop or _stop_on_signals()
+    require(settings.kafka_bootstrap, "kafka_bootstrap")
+    pool = await _patiently(stop, "database", lambda: _open(settings))
+    if pool is None:
+        return
+    try:
+        worker = Worker(settings, pool)
+        if await _patiently(stop, "kafka", lambda: _started(worker)) is None:
+            return
+        stopping = asyncio.create_task(stop.wait())
+        failing = asyncio.create_task(worker.failed())
+        try:
+            await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            await worker.stop()
+        if failing.done():
+            failing.result()
+        failing.cancel()
+    finally:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(pool.close(), 5)
+
+
+async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:
+    url = require(settings.database_url, "database_url")
+    return await open_pool(url, size_max=settings.database_pool_max, name="credit-workers worker")
+
+
+async def _started(worker: Worker) -> bool:
+    try:
+        await worker.start()
+    except Exception:
+        await worker.stop()  # half a start must not be built upon
+        raise
+    return True
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _patiently(
+    stop: asyncio.Event, what: str, attempt: Callable[[], Awaitable[Result]]
+) -> Result | None:
+    """Try until it works or we are told to stop: a worker may well start before its servers."""
+    while not stop.is_set():
+        try:
+            return await attempt()
+        except Exception as error:
+            if classify(error)[0] != "transient" and not isinstance(error, KafkaError):
+                raise
+            log.warning("waiting", what=what, exc_info=error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), START_BACKOFF_SECONDS)
+    return None
