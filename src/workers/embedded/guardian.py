@@ -87,9 +87,9 @@ def _capability_for(paths: list[str], uid: int, gid: int) -> int | None:
     return next(held, None)
 
 
-def _become(libc: ctypes.CDLL, uid: int, gid: int, capability: int | None) -> None:
+def _become(libc: ctypes.CDLL | None, uid: int, gid: int, capability: int | None) -> None:
     """Give up root for good, keeping at most one capability through the coming exec."""
-    if capability is not None:
+    if libc is not None and capability is not None:
         # Changing the user then leaves capabilities alone, and access(2), which PostgreSQL and the
         # JVM ask before they open a file, counts the capability that is kept.
         _prctl(libc, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
@@ -99,7 +99,7 @@ def _become(libc: ctypes.CDLL, uid: int, gid: int, capability: int | None) -> No
         pass  # a user namespace may forbid it; it then holds no foreign groups that matter
     os.setgid(gid)
     os.setuid(uid)
-    if capability is None:
+    if libc is None or capability is None:
         return
     bit = 1 << capability
     header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
@@ -159,7 +159,7 @@ class _Guardian:
                 signal.SIGXFSZ,
             ):  # Python ignores them; a server must not
                 signal.signal(number, signal.SIG_DFL)
-            if self._user is not None and self._libc is not None:
+            if self._user is not None:
                 _become(self._libc, *self._user, capability)
             if self._libc is not None:  # after the change of user, which clears it
                 _prctl(self._libc, _PR_SET_PDEATHSIG, self._stop_signal)
