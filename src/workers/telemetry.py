@@ -261,7 +261,15 @@ def configure_logging(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for name in ("faststream", "aiokafka", "uvicorn", "uvicorn.error", "asyncio"):
+    for name in (
+        "faststream",
+        "aiokafka",
+        "uvicorn",
+        "uvicorn.error",
+        "asyncio",
+        "httpx",
+        "httpcore",
+    ):
         library = logging.getLogger(name)
         library.handlers[:] = []
         library.propagate = True

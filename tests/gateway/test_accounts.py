@@ -268,6 +268,11 @@ async def test_an_owner_is_found_under_every_name_it_has(
         ("legacy-1", "auth", "user:u1"),
         ("legacy-2", "auth", "user:older"),
         ("email-taken", "email", "user:u1"),
+        ("contested", "auth", "user:u1"),
+        ("contested", "other", "user:b/c"),
+        ("contested-but-known", "auth", "user:u1"),
+        ("contested-but-known", "other", "user:u1"),
+        ("contested-but-known", "user", "user:b/c"),
     ):
         await rows.insert(
             "identities",
@@ -299,6 +304,8 @@ async def test_an_owner_is_found_under_every_name_it_has(
         ("user:u1", "user:old"),
         ("user:u1", "old"),
         ("user:b/c", "user:b/c"),
+        ("user:b/c", "contested-but-known"),
+        (None, "contested"),
         ("user:auth0|7", "auth0|7"),
         ("user:email-taken", "user:email-taken"),
         ("org:o1", "org:o1"),
@@ -358,7 +365,7 @@ async def test_open_holds_are_listed_by_deadline(ledger: httpx.AsyncClient, rows
             kind="image",
             units=2,
             held=15,
-            hold_allocation=json.dumps([{"lot_id": lot, "credits": 15}]),
+            hold_allocation=json.dumps([[lot, 15]]),
             deadline_at=deadline,
             recorded_at=START,
         )

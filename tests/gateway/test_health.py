@@ -10,6 +10,7 @@ from uuid import uuid4
 import asyncpg
 import httpx
 import pytest
+import structlog
 from aiokafka.admin import AIOKafkaAdminClient
 
 from workers.embedded import Servers
@@ -37,7 +38,7 @@ def whole(servers: Servers, database_url: str, topic_prefix: str, tools: Any) ->
 async def test_ready_is_said_only_while_topics_workers_and_database_are_there(
     whole: Settings, database_url: str, tools: Any
 ) -> None:
-    topics = [whole.topic(name) for name in INBOUND_TOPICS]
+    topics = list(INBOUND_TOPICS)
     connection = await asyncpg.connect(database_url)
     async with tools.running(whole) as client:
 
@@ -180,8 +181,11 @@ async def test_a_defect_of_ours_shows_nothing_from_the_inside(
         "'{\"secret\": \"canary\"}', now(), now(), '', decode(repeat('00', 32), 'hex'))"
     )
     await connection.close()
-    response = await ledger.get("/v1/accounts/user:u1/entries")
+    with structlog.testing.capture_logs() as logs:
+        response = await ledger.get("/v1/accounts/user:u1/entries")
     assert (response.status_code, response.json()["code"]) == (500, "internal_error")
+    (line,) = logs
+    assert (line["event"], line["route"]) == ("request_failed", "/v1/accounts/{owner}/entries")
     assert "canary" not in response.text
     assert "Traceback" not in response.text
 

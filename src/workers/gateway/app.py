@@ -27,7 +27,13 @@ _ENCODED_SLASH = re.compile(rb"%2[fF]")
 
 def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> FastAPI:
     """Build the application over two connections that the caller opens and closes."""
-    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title=TITLE,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
     problems.install(app)
     app.include_router(webhook_router(settings, broker))
     app.include_router(health_router(settings, database, broker))

@@ -103,7 +103,7 @@ class Late(Generic[Connection]):
             try:
                 async with asyncio.timeout(OPEN_SECONDS):
                     return await self._open()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the gateway lives on and says what it is
+            except Exception as error:  # whatever it is, the gateway lives on and says what it is
                 if attempts % 30 == 0:  # once a minute is enough to find it
                     log.warning("server_away", server=self.server, error=describe_error(error))
             attempts += 1
@@ -136,6 +136,7 @@ class Broker:
         self._options = kafka_options(settings)
         self._record_bytes_max = settings.webhook_bytes_max + 64 * 1024
         self._delivery_seconds = delivery_seconds
+        self._prefix = settings.topic_prefix
         self._waiting = asyncio.Semaphore(DELIVERIES_WAITING_MAX)
         self._late = Late("kafka", self._open, _close_producer)
 
@@ -175,7 +176,7 @@ class Broker:
                 # An idempotent producer that missed one acknowledgement may never send again: a new one has no past.
                 self._late.replace(producer)
                 raise Away("kafka") from error
-        PUBLISHED.labels(topic=topic).inc()
+        PUBLISHED.labels(topic=topic.removeprefix(self._prefix)).inc()
 
     async def topics(self) -> set[str]:
         """Names of all topics. Raises Away if the broker does not tell."""

@@ -83,7 +83,7 @@ class Readiness:
 
     def __init__(self, settings: Settings, database: Late[Pool], broker: Broker) -> None:
         self._wanted = frozenset(all_topics(settings))
-        self._consumed = frozenset(settings.topic(name) for name in INBOUND_TOPICS)
+        self._consumed = frozenset(INBOUND_TOPICS)
         self._database = database
         self._broker = broker
         self._complete_until = 0.0

@@ -18,6 +18,7 @@ from workers.settings import Settings, SettingsError
 log = structlog.get_logger()
 
 PORT_PREFERRED = 8080
+BACKLOG = 2048
 STOP_SECONDS = (
     12  # a webhook that waits for its acknowledgement ends within this; then connections are cut
 )
@@ -31,8 +32,7 @@ async def serve_gateway(settings: Settings) -> None:
     Raises:
         SettingsError: an address is missing, or the port that was asked for is taken.
     """
-    listener = listen(settings)
-    with listener:
+    with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:
             app = create_app(settings, database=database, broker=broker)
@@ -65,7 +65,18 @@ def listen(settings: Settings) -> socket.socket:
 
 def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: 40 ms for each answer.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(
+            BACKLOG
+        )  # now: until one of them listens, two processes can bind the same port
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class Server(uvicorn.Server):
@@ -78,6 +89,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            backlog=BACKLOG,
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=STOP_SECONDS,

@@ -68,6 +68,36 @@ class LotView(View):
 class AccountView(View):
     """An account; `lots` are the open ones, in the order in which they will be consumed."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "account_id": "user:u1",
+                "version": 7,
+                "tier": "free",
+                "balance": {
+                    "total": 93,
+                    "subscription": 0,
+                    "purchased": 93,
+                    "held": 0,
+                    "available": 93,
+                    "debt": 0,
+                },
+                "lots": [
+                    {
+                        "lot_id": "01937c10-0000-7000-8000-000000000001",
+                        "pool": "purchased",
+                        "amount": 100,
+                        "remaining": 93,
+                        "held": 0,
+                        "expires_at": None,
+                        "source": "purchase:checkout:cs_1",
+                    }
+                ],
+                "updated_at": "2026-11-21T10:00:00.012Z",
+            }
+        }
+    )
+
     account_id: str
     version: int
     tier: str
