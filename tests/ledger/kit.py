@@ -1,0 +1,535 @@
+"""A ledger in memory: it loads, executes and writes back as the store does, without the store.
+
+Each batch sees only what the core's own helpers say that it touches, as fresh copies; afterwards only what is
+marked `fresh` or `changed` is written back, and what is not marked must be as it was. So a test fails when the
+core forgets to say what it needs or what it changed. Every constraint of the database is checked here too.
+
+Ids count down: a decision that leaned on their order would be found out.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from workers.ledger import Account, Booking, Entry, Execution, Generation, Lot, Purchase, Snapshot
+from workers.ledger import execute as execute_batch
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, parse_catalogue
+from workers.ledger.commands import (
+    Action,
+    AdjustCredits,
+    BuyPack,
+    CancelBooking,
+    Cause,
+    Command,
+    CommandKey,
+    CompleteGeneration,
+    EndGeneration,
+    GrantCredits,
+    LinkIdentities,
+    PeriodLine,
+    Pool,
+    RefundGeneration,
+    RegisterUser,
+    RequestBooking,
+    RequestGeneration,
+    Settle,
+    StartPeriods,
+    TransferCredits,
+    accounts_of,
+)
+from workers.ledger.execute import Decision, purchase_keys_of
+from workers.ledger.model import Alert, Decided, Usage
+from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
+
+ANN, BOB, CAT = "user:ann", "user:bob", "user:cat"
+START = datetime(2026, 11, 21, 10, tzinfo=UTC)
+
+CATALOGUE = parse_catalogue(
+    DEFAULT_CATALOGUE
+    + """
+[plans.all_rolls]
+tier = "pro"
+stripe_prices = ["price_all_rolls"]
+credits = 100
+rollover = "all"
+[plans.some_rolls]
+tier = "pro"
+stripe_prices = ["price_some_rolls"]
+credits = 100
+rollover = 30
+[plans.with_trial]
+tier = "pro_plus"
+stripe_prices = ["price_with_trial"]
+credits = 100
+trial_credits = 5
+"""
+)
+
+
+class Money(NamedTuple):
+    """What an account's row says."""
+
+    subscription: int = 0
+    purchased: int = 0
+    held: int = 0
+    debt: int = 0
+
+
+def told(outcome: Outcome) -> str:
+    """An outcome in one word: how it ended, or the reason of its refusal."""
+    match outcome:
+        case Applied():
+            return "applied"
+        case Duplicate():
+            return "duplicate"
+        case Conflict():
+            return "conflict"
+        case Rejected(reason=reason):
+            return reason
+
+
+def ids() -> Iterator[UUID]:
+    """Ids that count down from the highest."""
+    number = 1 << 128
+    while True:
+        number -= 1
+        yield UUID(int=number)
+
+
+def columns(row: object, *, without: tuple[str, ...] = ()) -> dict[str, object]:
+    """A row's values, without the marks that tell the store what to do with it."""
+    marks = {"fresh", "changed", "settled", "lots", "due", *without}
+    return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in marks}
+
+
+def _copy(row):
+    marks = {"fresh": False, "changed": False, "settled": False, "lots": [], "due": []}
+    known = {item.name for item in fields(row)}
+    return replace(row, **{name: value for name, value in marks.items() if name in known})
+
+
+@dataclass
+class Ledger:
+    """Accounts and a clock that stands still until it is told to move."""
+
+    catalogue: Catalogue = CATALOGUE
+    now: datetime = START
+    ids: Iterator[UUID] = field(default_factory=ids)
+    accounts: dict[str, Account] = field(default_factory=dict)
+    lot_rows: dict[UUID, Lot] = field(default_factory=dict)
+    generations: dict[str, Generation] = field(default_factory=dict)
+    bookings: dict[str, Booking] = field(default_factory=dict)
+    purchases: dict[str, Purchase] = field(default_factory=dict)
+    usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
+    decided: dict[CommandKey, Decided] = field(default_factory=dict)
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    alerts: list[Alert] = field(default_factory=list)
+    commands: int = 0
+
+    # -- asking -------------------------------------------------------------------------------------------
+
+    def command(
+        self,
+        action: Action,
+        *,
+        key: str | None = None,
+        content: str | None = None,
+        source: str = "test",
+        occurred_at: datetime | None = None,
+    ) -> Command:
+        """An action under a key of its own, or under the one given. Its content is the action's, unless given."""
+        self.commands += 1
+        key = key or f"key-{self.commands}"
+        cause = Cause(
+            source=source,
+            type=type(action).__name__,
+            id=key,
+            key=key,
+            occurred_at=occurred_at or self.now,
+            topic="test.events",
+            partition=0,
+            offset=self.commands,
+        )
+        return Command(cause, action, hashlib.sha256((content or repr(action)).encode()).digest())
+
+    def do(self, action: Action, **cause: object) -> str:
+        """Decide one action in a batch of its own, and say in a word how it ended."""
+        return told(self.decide(action, **cause))
+
+    def decide(self, action: Action, **cause: object) -> Outcome:
+        """Decide one action in a batch of its own."""
+        return self.run(self.command(action, **cause)).decisions[0].outcome
+
+    def given(self, *actions: Action) -> None:
+        """What a scenario starts from: each of these must be applied."""
+        for action in actions:
+            assert (self.do(action), action) == ("applied", action)
+
+    def wait(self, **time: float) -> None:
+        """Let time pass; nothing else runs."""
+        self.now += timedelta(**time)
+
+    def settle(self, *accounts: str) -> None:
+        """Let the clock do its work on these accounts, or on all."""
+        self.run(*(self.command(Settle(name)) for name in accounts or sorted(self.accounts)))
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def money(self, account: str) -> Money:
+        """An account's totals as they are stored."""
+        row = self.accounts[account]
+        return Money(row.subscription, row.purchased, row.held, row.debt)
+
+    def lots(self, account: str) -> list[Lot]:
+        """An account's open lots in consumption order."""
+        return sorted(
+            (
+                lot
+                for lot in self.lot_rows.values()
+                if lot.account_id == account and lot.remaining > 0
+            ),
+            key=Lot.order,
+        )
+
+    def remaining(self, account: str) -> list[tuple[str, int]]:
+        """Pool and remainder of an account's open lots, in consumption order."""
+        return [(lot.pool, lot.remaining) for lot in self.lots(account)]
+
+    def kinds(self, account: str) -> list[str]:
+        """The kinds of an account's entries in order."""
+        return [entry.kind for entry in self.entries.get(account, [])]
+
+    def last(self, account: str) -> Entry:
+        """An account's latest entry."""
+        return self.entries[account][-1]
+
+    def alerted(self) -> list[str]:
+        """The codes of all alerts so far."""
+        return [alert.code for alert in self.alerts]
+
+    def content(self) -> dict[str, object]:
+        """Everything that is stored, as plain values that compare."""
+        return {
+            "accounts": {key: columns(row) for key, row in self.accounts.items()},
+            "lots": {key: columns(row) for key, row in self.lot_rows.items()},
+            "generations": {key: columns(row) for key, row in self.generations.items()},
+            "bookings": {key: columns(row) for key, row in self.bookings.items()},
+            "usage": {key: row.generations for key, row in self.usage.items() if row.generations},
+            "purchases": dict(self.purchases),
+            "decided": dict(self.decided),
+            "entries": {key: list(rows) for key, rows in self.entries.items()},
+        }
+
+    # -- one batch ----------------------------------------------------------------------------------------
+
+    def run(self, *commands: Command) -> Execution:
+        """One batch: load, execute, check, write back."""
+        state = self.load(commands)
+        execution = self.execute(state, commands)
+        self._write_back(execution)
+        return execution
+
+    def execute(self, state: Snapshot, commands: tuple[Command, ...]) -> Execution:
+        """The core, with this ledger's time, catalogue and ids."""
+        return execute_batch(state, commands, now=self.now, catalogue=self.catalogue, ids=self.ids)
+
+    def load(self, commands: tuple[Command, ...]) -> Snapshot:
+        """What the commands touch and no more, as copies."""
+        state = Snapshot()
+        names = set()
+        for command in commands:
+            action = command.action
+            names.update(accounts_of(action))
+            generation = self.generations.get(getattr(action, "generation_id", None))
+            if generation is not None:
+                state.generations[generation.generation_id] = _copy(generation)
+                names.update({generation.account_id} - {None})
+            booking = self.bookings.get(getattr(action, "booking_id", None))
+            if booking is not None:
+                state.bookings[booking.booking_id] = _copy(booking)
+                names.update({booking.client, booking.practitioner} - {None})
+            for key in purchase_keys_of(action, self.catalogue):
+                if key in self.purchases:
+                    state.purchases[key] = self.purchases[key]
+            if command.cause.command_key in self.decided:
+                state.decided[command.cause.command_key] = self.decided[command.cause.command_key]
+        for name in names:
+            self.accounts.setdefault(name, Account(account_id=name))
+            state.accounts[name] = _copy(self.accounts[name])
+        open_holds = [row for row in self.generations.values() if row.state == "held"]
+        for row in sorted(open_holds, key=lambda row: (row.deadline_at, row.generation_id)):
+            if row.account_id in names and row.deadline_at <= self.now:
+                due = state.generations.setdefault(row.generation_id, _copy(row))
+                state.accounts[row.account_id].due.append(due)
+        for row in self.lot_rows.values():
+            if row.account_id in names and row.remaining > 0:
+                state.lots[row.lot_id] = _copy(row)
+        for name in names:
+            own = [lot for lot in state.lots.values() if lot.account_id == name]
+            state.accounts[name].lots = sorted(own, key=Lot.order)
+        today = self.now.astimezone(UTC).date()
+        days = {today + timedelta(days=shift) for shift in (-1, 0, 1)}
+        wanted = {(name, day) for name in names for day in days}
+        wanted |= {(row.account_id, row.counted_on) for row in state.generations.values()}
+        for key in wanted & self.usage.keys():
+            state.usage[key] = _copy(self.usage[key])
+        return state
+
+    def _write_back(self, execution: Execution) -> None:
+        state = execution.state
+        for entry in execution.entries:
+            journal = self.entries.setdefault(entry.account_id, [])
+            check_link(journal[-1] if journal else None, entry)
+            journal.append(entry)
+        for stored, rows in (
+            (self.accounts, state.accounts),
+            (self.lot_rows, state.lots),
+            (self.generations, state.generations),
+            (self.bookings, state.bookings),
+            (self.usage, state.usage),
+        ):
+            for key, row in rows.items():
+                is_new = key not in stored
+                assert getattr(row, "fresh", is_new) == is_new, f"{key} is marked wrongly as fresh"
+                if row.changed or getattr(row, "fresh", False):
+                    stored[key] = _copy(row)
+                elif not is_new:
+                    assert columns(row) == columns(stored[key]), f"{key} changed without its mark"
+        for purchase in execution.purchases:
+            assert purchase.purchase_key not in self.purchases
+            self.purchases[purchase.purchase_key] = purchase
+        for decision in execution.decisions:
+            if decision.transaction_id is not None:
+                key = decision.command.cause.command_key
+                assert key not in self.decided
+                self.decided[key] = state.decided[key]
+        self.alerts.extend(execution.alerts)
+        for account in state.accounts.values():
+            check_account(self, account.account_id)
+        for usage in state.usage.values():
+            assert usage.generations >= 0, f"{usage.account_id} generated less than nothing"
+        for generation in state.generations.values():
+            check_generation(generation)
+        for booking in state.bookings.values():
+            assert 0 <= booking.given_back <= booking.credits
+            assert booking.client != booking.practitioner
+
+    def entries_of(self, decision: Decision) -> list[Entry]:
+        """The entries that a decision itself made; what time did on the way has other transactions."""
+        return [
+            entry
+            for journal in self.entries.values()
+            for entry in journal
+            if entry.transaction_id == decision.transaction_id
+        ]
+
+
+# -- what must hold after every batch ---------------------------------------------------------------------
+
+
+def check_link(before: Entry | None, entry: Entry) -> None:
+    """An entry hangs on the one before it: versions, amounts, times and the hash chain (R9, R12)."""
+    assert entry.version == (before.version if before else 0) + 1
+    assert entry.previous_hash == (before.hash() if before else b"")
+    assert entry.balance_before == (before.balance_after if before else 0)
+    assert before is None or entry.recorded_at >= before.recorded_at
+    for name in ("subscription", "purchased", "held", "debt"):
+        was = getattr(before, f"{name}_after") if before else 0
+        assert getattr(entry, f"{name}_after") == was + getattr(entry, f"{name}_delta"), name
+        assert getattr(entry, f"{name}_after") >= 0, name
+    assert entry.balance_after == entry.subscription_after + entry.purchased_after
+    assert entry.held_after <= entry.balance_after
+    # Only within the steps of one transaction may there be debt beside unheld credits (R7).
+    moved = {"subscription": 0, "purchased": 0}
+    for move in entry.moves:
+        moved[move.pool] += move.amount
+    assert moved == {"subscription": entry.subscription_delta, "purchased": entry.purchased_delta}
+    assert sum(move.held for move in entry.moves) == entry.held_delta
+    named = [move.lot_id for move in entry.moves]
+    assert len(named) == len(set(named)), "an entry names a lot twice"
+
+
+def check_account(ledger: Ledger, name: str) -> None:
+    """Totals = lots = the journal's last word, and no debt beside unheld credits (R2, R7, R9)."""
+    row, lots = ledger.accounts[name], ledger.lots(name)
+    journal = ledger.entries.get(name, [])
+    by_pool = {"subscription": 0, "purchased": 0}
+    for lot in lots:
+        by_pool[lot.pool] += lot.remaining
+    totals = (row.subscription, row.purchased, row.held)
+    assert totals == (*by_pool.values(), sum(lot.held for lot in lots))
+    last = journal[-1] if journal else None
+    stored = (row.version, row.subscription, row.purchased, row.held, row.debt, row.chain_hash)
+    assert stored == (
+        (
+            last.version,
+            last.subscription_after,
+            last.purchased_after,
+            last.held_after,
+            last.debt_after,
+            last.hash(),
+        )
+        if last
+        else (0, 0, 0, 0, 0, b"")
+    )
+    assert row.debt == 0 or row.available == 0, f"{name} owes and has"
+    for lot in lots:
+        assert 0 <= lot.held <= lot.remaining
+        assert lot.expired >= 0
+        assert lot.remaining + lot.expired + lot.clawed <= lot.granted
+    pinned: dict[UUID, int] = {}
+    for generation in ledger.generations.values():
+        if generation.account_id == name:
+            for pin in generation.pinned:
+                pinned[pin.lot_id] = pinned.get(pin.lot_id, 0) + pin.credits
+    assert pinned == {lot.lot_id: lot.held for lot in lots if lot.held}, f"{name}: holds != pins"
+
+
+def check_generation(row: Generation) -> None:
+    """The database's constraints on a generation."""
+    assert (row.state == "held") == (row.deadline_at is not None) == (row.held > 0)
+    assert sum(pin.credits for pin in row.pinned) == row.held
+    assert 0 <= row.given_back <= row.taken
+
+
+def prove(ledger: Ledger) -> None:
+    """From the first entry to the last: every journal adds up to its account, lot by lot."""
+    left: dict[UUID, int] = {}
+    for name, journal in ledger.entries.items():
+        for before, entry in zip([None, *journal], journal, strict=False):
+            check_link(before, entry)
+            for move in entry.moves:
+                left[move.lot_id] = left.get(move.lot_id, 0) + move.amount
+        check_account(ledger, name)
+    assert left == {lot_id: lot.remaining for lot_id, lot in ledger.lot_rows.items()}
+    transactions = {}
+    for journal in ledger.entries.values():
+        for entry in journal:
+            known = transactions.setdefault(entry.transaction_id, entry.cause)
+            assert known == entry.cause, "one transaction has one cause"
+
+
+# -- actions, with what a scenario does not care about filled in ------------------------------------------
+
+
+def grant(
+    credits: int, *, to: str = ANN, pool: Pool = "purchased", expires_at: datetime | None = None
+) -> GrantCredits:
+    """Credits from nowhere."""
+    return GrantCredits(to, credits, pool, expires_at, "a present")
+
+
+def adjust(credits: int, *, of: str = ANN) -> AdjustCredits:
+    """A signed correction."""
+    return AdjustCredits(of, credits, "a correction")
+
+
+def transfer(credits: int, *, sender: str = ANN, receiver: str = BOB) -> TransferCredits:
+    """Credits from one to another."""
+    return TransferCredits(sender, receiver, credits, "a favour")
+
+
+def register(
+    account: str = ANN, *, tier: str | None = None, time_zone: str | None = None
+) -> RegisterUser:
+    """A sign-up."""
+    return RegisterUser(account, tier, time_zone, ZoneInfo(time_zone) if time_zone else None)
+
+
+def link(account: str = ANN) -> LinkIdentities:
+    """An event that only tells who someone is."""
+    return LinkIdentities(account)
+
+
+def buy(
+    credits: int = 100, *, key: str = "checkout:cs_1", to: str = ANN, days: int | None = None
+) -> BuyPack:
+    """A paid checkout of a pack."""
+    return BuyPack(
+        to,
+        key,
+        credits,
+        timedelta(days=days) if days else None,
+        paid=1000,
+        payment_id="pi_1",
+        references={"checkout_session_id": key},
+    )
+
+
+def request(
+    credits: int | None = None,
+    *,
+    id: str = "g1",
+    by: str = ANN,
+    kind: str = "song",
+    model: str | None = None,
+    units: int = 1,
+    hold_seconds: int | None = None,
+) -> RequestGeneration:
+    """A reservation; the catalogue has no price for a song, so that the event's own counts."""
+    return RequestGeneration(by, id, kind, model, units, credits, hold_seconds)
+
+
+def complete(
+    credits: int | None = None,
+    *,
+    id: str = "g1",
+    by: str = ANN,
+    kind: str | None = None,
+    model: str | None = None,
+    units: int | None = None,
+) -> CompleteGeneration:
+    """A generation's end with a result."""
+    return CompleteGeneration(by, id, kind, model, units, credits)
+
+
+def fail(*, id: str = "g1", by: str = ANN) -> EndGeneration:
+    """A generation's end without a result."""
+    return EndGeneration(by, id, "failed")
+
+
+def cancel_generation(*, id: str = "g1", by: str = ANN) -> EndGeneration:
+    """A generation's end at the user's wish."""
+    return EndGeneration(by, id, "cancelled")
+
+
+def refund(credits: int | None = None, *, id: str = "g1", by: str = ANN) -> RefundGeneration:
+    """Credits of a completed generation given back."""
+    return RefundGeneration(by, id, credits)
+
+
+def book(
+    credits: int = 10, *, id: str = "b1", client: str = ANN, practitioner: str = BOB
+) -> RequestBooking:
+    """Ann books Bob."""
+    return RequestBooking(id, client, practitioner, credits)
+
+
+def cancel(
+    credits: int | None = None, *, id: str = "b1", client: str | None = ANN
+) -> CancelBooking:
+    """A booking called off, in whole or in part."""
+    return CancelBooking(id, client, credits)
+
+
+def line(
+    plan: str,
+    start: datetime,
+    end: datetime,
+    *,
+    quantity: int = 1,
+    trial: bool = False,
+) -> PeriodLine:
+    """One line of a paid invoice."""
+    return PeriodLine(plan, start, end, quantity, trial, 2000)
+
+
+def invoice(*lines: PeriodLine, to: str = ANN, subscription: str = "sub_1") -> StartPeriods:
+    """A paid invoice."""
+    return StartPeriods(
+        to, subscription, lines, "in_1", "pi_1", references={"subscription_id": subscription}
+    )
