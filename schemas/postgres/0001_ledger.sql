@@ -344,6 +344,7 @@ CREATE TABLE dead_letters (
     UNIQUE (topic, partition, kafka_offset, record_hash)
 );
 CREATE INDEX dead_letters_by_state ON dead_letters (state, reason);
+CREATE INDEX dead_letters_by_command ON dead_letters (command_key) WHERE command_key IS NOT NULL;
 
 -- What will be published (R10). The first five columns are those of Debezium's outbox event router; `sequence`
 -- follows commit order for each account, because its rows are inserted while the account's row is locked. A dead
@@ -385,6 +386,7 @@ CREATE TABLE parked (
     UNIQUE (topic, partition, kafka_offset, record_hash)
 );
 CREATE INDEX parked_by_next_attempt ON parked (next_attempt_at);
+CREATE INDEX parked_by_command ON parked (command_key) WHERE command_key IS NOT NULL;
 
 -- Which workers live, and what they consume: readiness is judged from here, by any process.
 CREATE TABLE heartbeats (

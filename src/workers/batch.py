@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 from uuid import UUID
 
 import asyncpg
 
+from workers import telemetry
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, Link, Settle, accounts_of
 from workers.ledger.execute import Execution, execute, purchase_keys_of, references_of
@@ -41,10 +42,13 @@ from workers.store.set_aside import (
 from workers.store.sql import SQL
 
 Reading: TypeAlias = Understood | Ignored | Refused
+Result = TypeVar("Result")
 Outcome: TypeAlias = Literal["applied", "rejected", "duplicate", "ignored", "parked", "dead"]
 
 # A worker waits this long for a connection of its own pool; longer means that the pool is too small.
 ACQUIRE_SECONDS = 5.0
+# Races lost in a row before an error counts as the record's own: two workers need one, a storm of them a few.
+RACES_MAX = 5
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
 
@@ -117,7 +121,7 @@ class Ledger:
         """
         readings = [(work, self._read(work)) for work in works]
         try:
-            report = await self._apply_read(readings)
+            report = await self._loading_anew(lambda: self._apply_read(readings))
         except Exception as error:
             if classify(error)[0] == "transient":
                 raise
@@ -128,7 +132,7 @@ class Ledger:
     async def apply_parked(self, limit: int) -> Report | None:
         """Apply parked messages whose wait is over, up to `limit`; None when there is none."""
         try:
-            return await self._apply_claimed(limit, None)
+            return await self._loading_anew(lambda: self._apply_claimed(limit, None))
         except Exception as error:
             if classify(error)[0] == "transient":
                 raise
@@ -158,6 +162,19 @@ class Ledger:
             published=len(publications),
             seconds=time.perf_counter() - started,
         )
+
+    @staticmethod
+    async def _loading_anew(attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """Try again at once when somebody was faster: what they committed is loaded now. Bounded."""
+        for _ in range(RACES_MAX):
+            try:
+                return await attempt()
+            except Exception as error:
+                verdict, cause = classify(error)
+                if verdict != "race":
+                    raise
+                telemetry.RETRIES.labels(cause=cause).inc()
+        return await attempt()
 
     # -- the path -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What an error of the database means: try again, this record cannot be stored, or stop.
+"""What an error of the database means: wait and try again, load anew at once, or this record cannot be stored.
 
 The one table of retry causes. What is not in it is `permanent` for a single record and makes a batch split,
 because an unknown error repeated for ever would be a silent stop.
@@ -11,7 +11,7 @@ import asyncpg
 
 from workers.store.load import OwnersChanged
 
-Verdict: TypeAlias = Literal["transient", "permanent"]
+Verdict: TypeAlias = Literal["transient", "race", "permanent"]
 
 # Classes and codes of the SQL standard and PostgreSQL (Appendix A of its manual).
 TRANSIENT_CLASSES = frozenset(
@@ -25,11 +25,16 @@ TRANSIENT_CLASSES = frozenset(
 )
 TRANSIENT_CODES = frozenset(
     {
-        "23505",  # unique violation: another worker used the key first; loading anew finds it
         "25006",  # read-only transaction: a failover is going on
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction took too long
         "55P03",  # lock not available in time
+    }
+)
+# Somebody was faster; loading anew sees what they did. One that goes on is no race.
+RACE_CODES = frozenset(
+    {
+        "23505",  # unique violation: another worker used the key first
         "0A000",  # cached plan must not change result type: a migration ran
     }
 )
@@ -38,9 +43,11 @@ TRANSIENT_CODES = frozenset(
 def classify(error: BaseException) -> tuple[Verdict, str]:
     """The verdict on an error, and the cause's name for counters and logs."""
     if isinstance(error, OwnersChanged):
-        return "transient", "owners_changed"
+        return "race", "owners_changed"
     if isinstance(error, asyncpg.PostgresError):
         code = error.sqlstate or ""
+        if code in RACE_CODES:
+            return "race", code
         transient = code[:2] in TRANSIENT_CLASSES or code in TRANSIENT_CODES
         return ("transient" if transient else "permanent"), code or type(error).__name__
     # asyncpg's InterfaceError has no code. It says that a connection is gone, and also that a value cannot be
