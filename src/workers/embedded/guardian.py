@@ -1,11 +1,12 @@
 """The small program that stands between the supervisor and one server.
 
-Run as a script by an isolated interpreter (`python -I -S guardian.py NAME HOME SPEC`), standard
-library only, one thread. It hides how a server is tied to its supervisor's life:
+Run as a script by an isolated interpreter (`python -I -S guardian.py NAME HOME`; what to run comes
+as a line of JSON on standard input), standard library only, one thread. It hides how a server is
+tied to its supervisor's life:
 
-* Standard input is a pipe whose other end only the supervisor holds. End of file (asked for, or
-  because the supervisor died in any way, kill -9 included) stops the server in order: its stop
-  signal, a bounded wait, SIGKILL. The byte `K` kills the server at once.
+* Standard input is a pipe whose other end only the supervisor holds. After that line, the byte `S`
+  or the end of file (the supervisor died in any way, kill -9 included) stops the server in order:
+  its stop signal, a bounded wait, SIGKILL. The byte `K` kills the server at once.
 * The guardian is the server's parent and, on Linux, the reaper of the server's own orphans: it ends
   only when no process of that server is left, so "the guardian has ended" means "nothing is left".
 * A guardian killed with -9 takes the server along through the parent-death signal. That signal is
@@ -136,10 +137,8 @@ class _Guardian:
             signal.signal(number, lambda _number, _frame: None)
         self._server = self._fork()
         os.write(1, b"%d\n" % self._server)
-        self._watch(wake_read)
+        code = os.waitstatus_to_exitcode(self._watch(wake_read))
         self._end_kin()
-        assert self._status is not None
-        code = os.waitstatus_to_exitcode(self._status)
         return code if code >= 0 else 128 - code
 
     def _fork(self) -> int:
@@ -154,10 +153,8 @@ class _Guardian:
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.dup2(2, 1)
-            for number in (
-                signal.SIGPIPE,
-                signal.SIGXFSZ,
-            ):  # Python ignores them; a server must not
+            # Python ignores these two; a server must not.
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
                 signal.signal(number, signal.SIG_DFL)
             if self._user is not None:
                 _become(self._libc, *self._user, capability)
@@ -171,13 +168,13 @@ class _Guardian:
             os.write(2, f"cannot run {self._arguments[0]}: {error}\n".encode())
         os._exit(127)
 
-    def _watch(self, wake: int) -> None:
-        """Until the server has ended, for whatever reason."""
+    def _watch(self, wake: int) -> int:
+        """Until the server has ended, for whatever reason; returns its wait status."""
         sources = [0, wake]
         while self._status is None:
             wait_seconds = _PARENT_CHECK_SECONDS
             if self._kill_at is not None:
-                wait_seconds = min(wait_seconds, max(0.0, self._kill_at - time.monotonic()))
+                wait_seconds = min(wait_seconds, max(0.05, self._kill_at - time.monotonic()))
             ready, _, _ = select.select(sources, [], [], wait_seconds)
             if 0 in ready:
                 order = os.read(0, 64)
@@ -185,6 +182,7 @@ class _Guardian:
                     self._send(signal.SIGKILL)
                 if not order:
                     sources.remove(0)
+                if not order or b"S" in order:
                     self._begin_stop()
             if wake in ready and set(os.read(wake, 512)) - {signal.SIGCHLD}:
                 self._begin_stop()
@@ -194,6 +192,7 @@ class _Guardian:
             if self._kill_at is not None and time.monotonic() >= self._kill_at:
                 self._send(signal.SIGKILL)
             self._reap()
+        return self._status
 
     def _begin_stop(self) -> None:
         if self._kill_at is None:
@@ -239,5 +238,17 @@ def _children_of(parent: int) -> list[int]:
     return found
 
 
+def _read_spec() -> dict[str, Any]:
+    """The first line of standard input; nothing beyond it is consumed. Ends if none comes."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 1)
+        if not part:
+            sys.exit(128)
+        line += part
+    spec: dict[str, Any] = json.loads(line)
+    return spec
+
+
 if __name__ == "__main__":
-    sys.exit(_Guardian(json.loads(sys.argv[3])).run())
+    sys.exit(_Guardian(_read_spec()).run())

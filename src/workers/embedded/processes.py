@@ -157,13 +157,16 @@ class Guarded:
             # A session of its own: Ctrl-C in the terminal reaches only the supervisor, which then
             # stops things in order.
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and script
-                [sys.executable, "-I", "-S", _GUARDIAN, name, str(home), json.dumps(spec)],
+                [sys.executable, "-I", "-S", _GUARDIAN, name, str(home)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 bufsize=0,
                 start_new_session=True,
             )
+        # Not an argument: what a server is given is nobody else's to read in the process list.
+        with contextlib.suppress(OSError):
+            _pipe(self._process.stdin).write(json.dumps(spec).encode() + b"\n")
         self.pid = self._read_pid()
 
     def _read_pid(self) -> int:
@@ -196,8 +199,12 @@ class Guarded:
 
     def begin_stop(self) -> None:
         """Ask for the orderly stop; returns at once."""
-        with contextlib.suppress(OSError):
-            _pipe(self._process.stdin).close()
+        pipe = _pipe(self._process.stdin)
+        if not pipe.closed:
+            with contextlib.suppress(OSError):
+                pipe.write(b"S")  # closing alone says nothing while a forked process has a copy
+            with contextlib.suppress(OSError):
+                pipe.close()
 
     def begin_kill(self) -> None:
         """SIGKILL to the program; returns at once."""
