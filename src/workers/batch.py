@@ -11,10 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypeVar
 from uuid import UUID
 
 import asyncpg
+import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
@@ -41,10 +43,13 @@ from workers.store.set_aside import (
 )
 from workers.store.sql import SQL
 
+log = structlog.get_logger(__name__)
+
 Reading: TypeAlias = Understood | Ignored | Refused
 Result = TypeVar("Result")
 Outcome: TypeAlias = Literal["applied", "rejected", "duplicate", "ignored", "parked", "dead"]
 
+EPOCH = datetime.fromtimestamp(0, UTC)
 # A worker waits this long for a connection of its own pool; longer means that the pool is too small.
 ACQUIRE_SECONDS = 5.0
 # Races lost in a row before an error counts as the record's own: two workers need one, a storm of them a few.
@@ -109,6 +114,7 @@ class Ledger:
         self._deadline_seconds = parked_deadline_seconds
         self._ids: Iterator[UUID] = new_ids()
         self._refused_in_a_row = 0
+        self._unsettled: set[str] = set()
 
     # -- doors ----------------------------------------------------------------------------------------------------
 
@@ -141,18 +147,36 @@ class Ledger:
             return await (self._apply_claimed(1, refusal) if refusal else self.apply_parked(1))
 
     async def settle(self, limit: int) -> Report | None:
-        """Do what time has done to up to `limit` accounts (R4, R5); None when it has done nothing."""
+        """Do what time has done to up to `limit` accounts (R4, R5); None when nothing is due.
+
+        An account that cannot be settled is our fault, not its neighbours': it is logged and left out until this
+        process ends.
+        """
+        rows = await self._pool.fetch(SQL["find_due_accounts"], limit, list(self._unsettled))
+        due = sorted(row[0] for row in rows)
+        if not due:
+            return None
+        try:
+            return await self._loading_anew(lambda: self._settle(due))
+        except Exception as error:
+            if classify(error)[0] == "transient":
+                raise
+            if limit > 1:
+                return await self.settle(1)
+            log.critical("account_not_settled", exc_info=error)
+            self._unsettled.update(due)
+            return Report()
+
+    async def _settle(self, accounts: Sequence[str]) -> Report:
         started = time.perf_counter()
+        cause = Cause(
+            "clock", "settle", "settle", "settle", EPOCH
+        )  # entries have causes of their own
+        commands = [Command(cause, Settle(account), b"") for account in accounts]
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
         ):
-            due = [row[0] for row in await connection.fetch(SQL["find_due_accounts"], limit)]
-            if not due:
-                return None
-            now = await connection.fetchval(SQL["read_clock"])
-            cause = Cause("clock", "settle", "settle", "settle", now)
-            commands = [Command(cause, Settle(account), b"") for account in sorted(due)]
             execution = await self._execute(connection, commands)
             publications = await record_execution(connection, execution, ())
             publications += self._alerts(execution.alerts, execution)

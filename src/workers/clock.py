@@ -35,8 +35,9 @@ async def run_clock(ledger: Ledger, on_applied: Callable[[Report], None]) -> Non
 async def settle_due(ledger: Ledger, on_applied: Callable[[Report], None]) -> int:
     """Settle every account that is due now. Returns how many entries that made."""
     entries = 0
-    while (report := await ledger.settle(ACCOUNTS_MAX)) is not None and report.entries:
-        entries += report.entries
-        log.info("settled", entries=report.entries, duration_ms=round(report.seconds * 1000, 1))
-        on_applied(report)
+    while (report := await ledger.settle(ACCOUNTS_MAX)) is not None:
+        if report.entries:
+            entries += report.entries
+            log.info("settled", entries=report.entries, duration_ms=round(report.seconds * 1000, 1))
+            on_applied(report)
     return entries
