@@ -52,6 +52,8 @@ Outcome: TypeAlias = Literal["applied", "rejected", "duplicate", "ignored", "par
 EPOCH = datetime.fromtimestamp(0, UTC)
 # A worker waits this long for a connection of its own pool; longer means that the pool is too small.
 ACQUIRE_SECONDS = 5.0
+# Verdicts that are not about the records: they are left as they are, and the caller waits or stops.
+STOPPING = frozenset({"transient", "fatal"})
 # Races lost in a row before an error counts as the record's own: two workers need one, a storm of them a few.
 RACES_MAX = 5
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
@@ -122,14 +124,14 @@ class Ledger:
         """Apply records in order; when it returns, all of them are committed.
 
         Raises:
-            OSError, asyncpg errors: the database is away or busy (`failures.classify`): try the same again.
+            OSError, asyncpg errors: the database is away, busy or not ours to use (`failures.classify`).
             TooManyRefused: the database refuses record after record.
         """
         readings = [(work, self._read(work)) for work in works]
         try:
             report = await self._loading_anew(lambda: self._apply_read(readings))
         except Exception as error:
-            if classify(error)[0] == "transient":
+            if classify(error)[0] in STOPPING:
                 raise
             return await self._split(works, error)
         self._refused_in_a_row = 0
@@ -140,7 +142,7 @@ class Ledger:
         try:
             return await self._loading_anew(lambda: self._apply_claimed(limit, None))
         except Exception as error:
-            if classify(error)[0] == "transient":
+            if classify(error)[0] in STOPPING:
                 raise
             # Whichever of them it was: the oldest alone either goes through or is the one.
             refusal = _refusal(error) if limit == 1 else None
@@ -159,7 +161,7 @@ class Ledger:
         try:
             return await self._loading_anew(lambda: self._settle(due))
         except Exception as error:
-            if classify(error)[0] == "transient":
+            if classify(error)[0] in STOPPING:
                 raise
             if limit > 1:
                 return await self.settle(1)

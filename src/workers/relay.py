@@ -23,7 +23,8 @@ from aiokafka.errors import KafkaError
 from workers import telemetry
 from workers.messages.outbound import ALERT, CHANGED, REJECTED, SHARDS
 from workers.messages.record import decode_headers
-from workers.settings import Settings, kafka_options, require
+from workers.producer import close_producer, open_producer
+from workers.settings import Settings, require
 from workers.store.database import connect
 from workers.store.sql import SQL
 from workers.topics import INBOUND_BYTES_MAX
@@ -39,7 +40,8 @@ ROWS_MAX = 2000
 POLL_SECONDS = 0.05
 SHARDS_SECONDS = 2.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
-DELIVERY_MS = 15_000
+# A batch that is not acknowledged for so long is given up with its producer, and sent again by a new one.
+DELIVERY_SECONDS = 20.0
 # A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
 DEAD_VALUE_BYTES_MAX = INBOUND_BYTES_MAX - 512 * 1024
 
@@ -90,17 +92,20 @@ class Relay:
     async def _publish_until_failure(self) -> None:
         database_url = require(self._settings.database_url, "database_url")
         connection = await connect(database_url, name="credit-workers relay")
-        producer = AIOKafkaProducer(
-            **kafka_options(self._settings),
-            enable_idempotence=True,
-            acks="all",
-            max_request_size=INBOUND_BYTES_MAX,
+        try:
+            await self._publish_from(connection)
+        finally:
+            self._shards.clear()
+            await connection.close(timeout=5)
+
+    async def _publish_from(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        producer = await open_producer(
+            self._settings,
+            request_bytes_max=INBOUND_BYTES_MAX,
             max_batch_size=256 * 1024,
-            request_timeout_ms=DELIVERY_MS,
             client_id="credit-workers-relay",
         )
         try:
-            await producer.start()
             loop = asyncio.get_running_loop()
             look_for_shards = loop.time()
             while True:
@@ -112,9 +117,7 @@ class Relay:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
         finally:
-            self._shards.clear()
-            await producer.stop()
-            await connection.close(timeout=5)
+            await close_producer(producer)
 
     async def _take_shards(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         """Hold every shard that nobody holds; a session that ends lets go of its own."""
@@ -130,15 +133,17 @@ class Relay:
         """Publish the oldest rows and delete those acknowledged. Returns how many there were.
 
         Raises:
-            KafkaError: a row was not acknowledged; it and all later rows of its key stay.
+            KafkaError: a row was refused; it and all other rows of its key stay.
+            TimeoutError: the broker acknowledged nothing in time; all rows stay.
         """
         if not self._shards:
             return 0
         rows = await connection.fetch(SQL["read_outbox"], sorted(self._shards), ROWS_MAX)
         if not rows:
             return 0
-        sent = [await producer.send(**self._message(row)) for row in rows]
-        results = await asyncio.gather(*sent, return_exceptions=True)
+        async with asyncio.timeout(DELIVERY_SECONDS):
+            sent = [await producer.send(**self._message(row)) for row in rows]
+            results = await asyncio.gather(*sent, return_exceptions=True)
         failed = {
             row["aggregateid"]
             for row, result in zip(rows, results, strict=True)

@@ -22,12 +22,14 @@ from workers import telemetry
 from workers.batch import Ledger, Report
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe
+from workers.probes import serve_probes
 from workers.relay import Relay
 from workers.settings import Settings, require
 from workers.sources import Sources
 from workers.store.database import answers, open_pool
 from workers.store.failures import classify
 from workers.store.ids import new_ids
+from workers.store.migrations import missing_migrations
 from workers.store.sql import SQL
 
 log = structlog.get_logger(__name__)
@@ -39,6 +41,10 @@ PARKED_MAX = 100
 # A message that is ready and still waits would be claimed again at once: so many rounds, then the next tick.
 PARKED_ROUNDS_MAX = 20
 START_BACKOFF_SECONDS = 1.0
+
+
+class NotReady(Exception):  # noqa: N818 - a state that waiting ends
+    """What a worker needs is not there yet; the message says what to do."""
 
 
 class Worker:
@@ -88,6 +94,10 @@ class Worker:
         with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await self._pool.execute(SQL["stop_beating"], self._id, timeout=2)
         log.info("worker_stopped", worker_id=str(self._id))
+
+    def is_ready(self) -> bool:
+        """Whether this worker takes records: it has partitions, and the database is not away."""
+        return bool(self._consumer.consumed_topics()) and not self._faulty.done()
 
     async def failed(self) -> None:
         """Wait for the first fault of our own, and raise it."""
@@ -159,15 +169,19 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     if pool is None:
         return
     try:
+        if await _patiently(stop, "schema", lambda: _schema_is_there(pool)) is None:
+            return
         worker = Worker(settings, pool)
         if await _patiently(stop, "kafka", lambda: _started(worker)) is None:
             return
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(worker.failed())
+        probes = await serve_probes(settings, ready=worker.is_ready)
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
+            await probes.stop()
             await worker.stop()
         if failing.done():
             failing.result()
@@ -180,6 +194,12 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
 async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:
     url = require(settings.database_url, "database_url")
     return await open_pool(url, size_max=settings.database_pool_max, name="credit-workers worker")
+
+
+async def _schema_is_there(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
+    if missing := await missing_migrations(pool):
+        raise NotReady(f"the database lacks {', '.join(missing)}: run `credits migrate`")
+    return True
 
 
 async def _started(worker: Worker) -> bool:
@@ -206,7 +226,7 @@ async def _patiently(
         try:
             return await attempt()
         except Exception as error:
-            if classify(error)[0] != "transient" and not isinstance(error, KafkaError):
+            if classify(error)[0] != "transient" and not isinstance(error, (KafkaError, NotReady)):
                 raise
             log.warning("waiting", what=what, exc_info=error)
         with suppress(TimeoutError):

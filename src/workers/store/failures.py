@@ -1,4 +1,4 @@
-"""What an error of the database means: wait and try again, load anew at once, or this record cannot be stored.
+"""What an error of the database means: wait and try again, load anew at once, stop, or give this record up.
 
 The one table of retry causes. What is not in it is `permanent` for a single record and makes a batch split,
 because an unknown error repeated for ever would be a silent stop.
@@ -11,7 +11,7 @@ import asyncpg
 
 from workers.store.load import OwnersChanged
 
-Verdict: TypeAlias = Literal["transient", "race", "permanent"]
+Verdict: TypeAlias = Literal["transient", "race", "fatal", "permanent"]
 
 # Classes and codes of the SQL standard and PostgreSQL (Appendix A of its manual).
 TRANSIENT_CLASSES = frozenset(
@@ -39,6 +39,18 @@ RACE_CODES = frozenset(
     }
 )
 
+# The deployment is wrong, or the database is damaged: every record would fail, so none may be given up for it.
+FATAL_CLASSES = frozenset(
+    {
+        "28",  # not allowed to log in
+        "3D",  # no such database
+        "3F",  # no such schema
+        "42",  # no such table or column, no such privilege, wrong SQL
+        "F0",  # configuration file
+        "XX",  # internal error, corruption
+    }
+)
+
 
 def classify(error: BaseException) -> tuple[Verdict, str]:
     """The verdict on an error, and the cause's name for counters and logs."""
@@ -48,8 +60,9 @@ def classify(error: BaseException) -> tuple[Verdict, str]:
         code = error.sqlstate or ""
         if code in RACE_CODES:
             return "race", code
-        transient = code[:2] in TRANSIENT_CLASSES or code in TRANSIENT_CODES
-        return ("transient" if transient else "permanent"), code or type(error).__name__
+        if code in TRANSIENT_CODES or code[:2] in TRANSIENT_CLASSES:
+            return "transient", code
+        return ("fatal" if code[:2] in FATAL_CLASSES else "permanent"), code or type(error).__name__
     # asyncpg's InterfaceError has no code. It says that a connection is gone, and also that a value cannot be
     # encoded or that arguments are missing: those would fail again for ever.
     if isinstance(error, asyncpg.InterfaceError) and re.search(r"connection|pool", str(error)):

@@ -69,6 +69,7 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
             "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
             "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
         )
+        await connection.execute("GRANT SELECT ON public.credits_migrations TO PUBLIC")
         rows = await connection.fetch(
             "SELECT number, name, checksum FROM public.credits_migrations"
         )
@@ -87,6 +88,16 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
         return done
     finally:
         await connection.close()  # the session's advisory lock goes with it
+
+
+async def missing_migrations(pool: asyncpg.Pool[asyncpg.Record]) -> list[str]:
+    """Names of migrations that this release needs and the database has not; a newer database is welcome."""
+    try:
+        rows = await pool.fetch("SELECT name FROM public.credits_migrations")
+    except asyncpg.UndefinedTableError:
+        rows = []
+    applied = {row["name"] for row in rows}
+    return [migration.name for migration in read_migrations() if migration.name not in applied]
 
 
 def _refuse_unknown(applied: dict[int, asyncpg.Record], migrations: list[Migration]) -> None:

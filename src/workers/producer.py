@@ -1,0 +1,57 @@
+"""Kafka out: one idempotent producer, opened and closed within bounds.
+
+Hides what aiokafka leaves unbounded: `stop` waits without end for a broker that is gone, and an idempotent producer
+that missed an acknowledgement may retry for ever. Whoever loses patience with one closes it and opens another, whose
+repeats are harmless because every message carries its id.
+"""
+
+import asyncio
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from workers.settings import Settings, kafka_options
+
+log = structlog.get_logger(__name__)
+
+CLOSE_SECONDS = 5.0
+
+
+async def open_producer(
+    settings: Settings, *, request_bytes_max: int, **options: Any
+) -> AIOKafkaProducer:
+    """A started producer whose messages count as sent when all in-sync replicas have them.
+
+    Raises:
+        KafkaError, OSError: the broker cannot be reached.
+    """
+    producer = AIOKafkaProducer(
+        **kafka_options(settings),
+        enable_idempotence=True,
+        acks="all",
+        max_request_size=request_bytes_max,
+        metadata_max_age_ms=60_000,
+        **options,
+    )
+    try:
+        await producer.start()
+    except BaseException:
+        await close_producer(producer)
+        raise
+    return producer
+
+
+async def close_producer(producer: AIOKafkaProducer) -> None:
+    """Flush and stop; against a broker that is gone, only stop."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS / 2):
+            await producer.stop()
+    except (TimeoutError, KafkaError):
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS / 2):
+                await producer._sender.close()  # noqa: SLF001 - the library has no way to stop without a flush
+                await producer.client.close()
+        except (TimeoutError, KafkaError):
+            log.warning("producer_left_open")
