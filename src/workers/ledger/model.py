@@ -5,12 +5,13 @@ does not exist in the database yet. Entries are immutable: they are the truth, t
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, tzinfo
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import UUID
+
+import orjson
 
 from workers.ledger.commands import CommandKey, Pool
 
@@ -255,7 +256,7 @@ class Entry:
                 f"{self.topic or ''} {self.partition} {self.offset} {self.trace_id or ''} {self.catalogue_version}",
                 f"{self.occurred_at.isoformat()} {self.recorded_at.isoformat()}",
                 moves,
-                json.dumps(self.cause, sort_keys=True, separators=(",", ":"), ensure_ascii=True),
+                orjson.dumps(self.cause, option=orjson.OPT_SORT_KEYS).decode(),
             )
         )
 
