@@ -72,7 +72,7 @@ def up(
 @app.command()
 def worker(as_json: Json = False) -> int:
     """Apply events to the ledger until told to stop."""
-    from workers.consumer import serve_worker
+    from workers.worker import serve_worker
 
     return _serve(serve_worker, as_json=as_json)
 
@@ -697,7 +697,7 @@ def _message(found: "Message") -> dict[str, Any]:
         "key_hex": found.key.hex() if found.key is not None else None,
         "value": _text_of(found.value),
         "value_hex": found.value.hex() if found.value is not None else None,
-        "headers": [list(pair) for pair in found.headers],
+        "headers": [[name, _text_of(value)] for name, value in found.headers],
     }
 
 
@@ -712,7 +712,7 @@ def _print_message(found: "Message") -> None:
     ]
     if letter.settled_reason:
         lines.append(f"settled      {letter.settled_at}: {letter.settled_reason}")
-    lines += [f"header       {name}: {value}" for name, value in found.headers]
+    lines += [f"header       {name}: {_text_of(value)}" for name, value in found.headers]
     lines.append(f"key          {_text_of(found.key)!r}")
     value = found.value
     if value is None:

@@ -6,7 +6,6 @@ never replay one message twice. Nothing is deleted here, and nothing is applied 
 parked, and a worker applies it through the ordinary path, where its command key still decides (R8).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,19 +13,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import asyncpg
 
+from workers.messages.record import DeadReason, Header, decode_headers
+
 State = Literal["dead", "replaying", "replayed", "discarded"]
 STATES: tuple[State, ...] = get_args(State)
-REASONS = (
-    "malformed",
-    "unsupported_version",
-    "bad_signature",
-    "thin_event",
-    "idempotency_conflict",
-    "unresolved",
-    "too_large",
-    "type_not_allowed",
-    "database_rejected",
-)
+REASONS: tuple[DeadReason, ...] = get_args(DeadReason)
 
 # What one call moves at most: a second's work for the database, and for the worker that applies it.
 REPLAY_LETTERS_MAX = 1000
@@ -108,7 +99,7 @@ class DeadLetter:
     topic: str
     partition: int
     kafka_offset: int
-    reason: str
+    reason: DeadReason
     detail: str
     source: str | None
     type: str | None
@@ -129,7 +120,7 @@ class Message:
     letter: DeadLetter
     key: bytes | None
     value: bytes | None
-    headers: Sequence[tuple[str, str]]
+    headers: tuple[Header, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +167,7 @@ async def show(pool: Pool, dead_letter_id: int) -> Message | None:
         return None
     values = dict(row)
     key, value, headers = values.pop("key"), values.pop("value"), values.pop("headers")
-    return Message(DeadLetter(**values), key, value, _header_pairs(headers))
+    return Message(DeadLetter(**values), key, value, decode_headers(headers))
 
 
 async def replay(
@@ -224,13 +215,3 @@ async def _states(
     rows = await connection.fetch(_STATES_OF, unmoved)
     found: dict[int, State] = {row["dead_letter_id"]: row["state"] for row in rows}
     return {letter: found.get(letter) for letter in unmoved}
-
-
-def _header_pairs(stored: object) -> list[tuple[str, str]]:
-    """The headers as name–value pairs, whichever JSON form they were kept in."""
-    decoded = json.loads(stored) if isinstance(stored, str | bytes) else stored
-    if isinstance(decoded, Mapping):
-        return [(str(name), str(value)) for name, value in decoded.items()]
-    if isinstance(decoded, Sequence):
-        return [(str(pair[0]), str(pair[1])) for pair in decoded]
-    return []

@@ -157,7 +157,7 @@ def _header(picture: Picture, width: int) -> RenderableType:
     both.add_column(justify="right")
     both.add_row(left, right)
     state = ("ready", "bold green") if picture.ready else ("not ready", "bold red")
-    title = Text.assemble(" credit-workers · ", state, f" · {_uptime(picture)} ")
+    title = Text.assemble("credit-workers · ", state, f" · {_uptime(picture)}")
     return Panel(both, title=title, title_align="left", border_style="dim", width=width)
 
 

@@ -36,7 +36,7 @@ PLAN_PRICES = {
     "pro_yearly": ("price_pro_yearly", 19000, 365),
 }
 # A pause that lets a viewer read a line; the script's forty steps stay below fifteen seconds.
-BEAT_SECONDS = 0.2
+BEAT_SECONDS = 0.35
 # How long a scene waits for the stream to show what it builds on. It goes on regardless.
 SCENE_SECONDS_MAX = 2.5
 TRICKLE_PAUSE_SECONDS = (0.08, 0.35)
@@ -92,7 +92,7 @@ class Story:
                 elif draw < 0.97:
                     await self._any_booking()
                 else:
-                    await self._free_attempt()
+                    await self._free_attempt(endings)
                 await self._top_up()
 
     async def _insufficient_then_bought(self) -> None:
@@ -104,7 +104,7 @@ class Story:
         video = self._id("gen")
         await self._generation("requested", "grace", video, kind="video")
         await self._beat()
-        await self._generation("completed", "grace", video)
+        await self._end("completed", "grace", video)
 
     async def _reserve_and_capture(self) -> None:
         """Ada reserves three images and gets two; another fails; a third is never heard of again."""
@@ -123,8 +123,8 @@ class Story:
         for _ in range(4):
             image = self._id("gen")
             await self._generation("requested", "linus", image, kind="image")
-            await self._generation("completed", "linus", image)
             await self._beat()
+            await self._end("completed", "linus", image)
 
     async def _booked_and_cancelled(self) -> None:
         """Alan books Margaret, who earns; he books Katherine and thinks better of it."""
@@ -157,11 +157,17 @@ class Story:
         await asyncio.sleep(self._dice.uniform(0.4, 2.0))
         draw = self._dice.random()
         if draw < 0.88:
-            await self._generation("completed", person, name, **what)
+            await self._end("completed", person, name, **what)
         elif draw < 0.96:
-            await self._generation("failed", person, name, reason="the model timed out")
+            await self._end("failed", person, name, reason="the model timed out")
         else:
-            await self._generation("cancelled", person, name)
+            await self._end("cancelled", person, name)
+
+    async def _end(self, step: str, person: str, name: str, **more: Any) -> None:
+        """The end of a generation, unless its request was refused: then it never ran."""
+        tail = list(self._watcher.picture.tail)
+        if not any(change.refused and name in change.cause for change in tail):
+            await self._generation(step, person, name, **more)
 
     async def _any_booking(self) -> None:
         client, practitioner = self._dice.sample(PRACTITIONERS, 2)
@@ -170,8 +176,11 @@ class Story:
         if self._dice.random() < 0.1:
             await self._booking("cancelled", name, client)
 
-    async def _free_attempt(self) -> None:
-        await self._generation("requested", self._dice.choice(FREE), self._id("gen"), kind="image")
+    async def _free_attempt(self, endings: asyncio.TaskGroup) -> None:
+        """Someone of the free tier tries for one more image today."""
+        person, name = self._dice.choice(FREE), self._id("gen")
+        await self._generation("requested", person, name, kind="image")
+        endings.create_task(self._end_later(person, name, {"kind": "image"}))
 
     async def _top_up(self) -> None:
         """Who runs low buys a pack, as people do; what is low the stream tells."""

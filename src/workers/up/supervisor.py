@@ -320,7 +320,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome = function()
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the call is awaited
+        except BaseException as error:  # raised again where the call is awaited
             deliver(future.set_exception, error)
         else:
             deliver(future.set_result, outcome)
