@@ -41,7 +41,7 @@ from workers.ledger.commands import (
     TransferCredits,
     accounts_of,
 )
-from workers.ledger.execute import Decision, purchase_keys_of
+from workers.ledger.execute import purchase_keys_of
 from workers.ledger.model import Alert, Decided, Usage
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
 
@@ -181,7 +181,7 @@ class Ledger:
 
     def money(self, account: str) -> Money:
         """An account's totals as they are stored."""
-        row = self.accounts[account]
+        row = self.accounts.get(account, Account(account_id=account))
         return Money(row.subscription, row.purchased, row.held, row.debt)
 
     def lots(self, account: str) -> list[Lot]:
@@ -237,6 +237,13 @@ class Ledger:
         """The core, with this ledger's time, catalogue and ids."""
         return execute_batch(state, commands, now=self.now, catalogue=self.catalogue, ids=self.ids)
 
+    def look(self) -> Snapshot:
+        """Every account as a decision would find it now, with nothing written back."""
+        settle = tuple(self.command(Settle(name)) for name in self.accounts)
+        state = self.load(settle)
+        execute_batch(state, settle, now=self.now, catalogue=self.catalogue, ids=ids())
+        return state
+
     def load(self, commands: tuple[Command, ...]) -> Snapshot:
         """What the commands touch and no more, as copies."""
         state = Snapshot()
@@ -258,8 +265,7 @@ class Ledger:
             if command.cause.command_key in self.decided:
                 state.decided[command.cause.command_key] = self.decided[command.cause.command_key]
         for name in names:
-            self.accounts.setdefault(name, Account(account_id=name))
-            state.accounts[name] = _copy(self.accounts[name])
+            state.accounts[name] = _copy(self.accounts.get(name, Account(account_id=name)))
         open_holds = [row for row in self.generations.values() if row.state == "held"]
         for row in sorted(open_holds, key=lambda row: (row.deadline_at, row.generation_id)):
             if row.account_id in names and row.deadline_at <= self.now:
@@ -299,6 +305,8 @@ class Ledger:
                     stored[key] = _copy(row)
                 elif not is_new:
                     assert columns(row) == columns(stored[key]), f"{key} changed without its mark"
+                else:
+                    assert key in state.accounts or key in state.usage, f"{key} lacks its mark"
         for purchase in execution.purchases:
             assert purchase.purchase_key not in self.purchases
             self.purchases[purchase.purchase_key] = purchase
@@ -316,16 +324,7 @@ class Ledger:
             check_generation(generation)
         for booking in state.bookings.values():
             assert 0 <= booking.given_back <= booking.credits
-            assert booking.client != booking.practitioner
-
-    def entries_of(self, decision: Decision) -> list[Entry]:
-        """The entries that a decision itself made; what time did on the way has other transactions."""
-        return [
-            entry
-            for journal in self.entries.values()
-            for entry in journal
-            if entry.transaction_id == decision.transaction_id
-        ]
+            assert booking.practitioner is None or booking.client != booking.practitioner
 
 
 # -- what must hold after every batch ---------------------------------------------------------------------
@@ -355,7 +354,7 @@ def check_link(before: Entry | None, entry: Entry) -> None:
 
 def check_account(ledger: Ledger, name: str) -> None:
     """Totals = lots = the journal's last word, and no debt beside unheld credits (R2, R7, R9)."""
-    row, lots = ledger.accounts[name], ledger.lots(name)
+    row, lots = ledger.accounts.get(name, Account(account_id=name)), ledger.lots(name)
     journal = ledger.entries.get(name, [])
     by_pool = {"subscription": 0, "purchased": 0}
     for lot in lots:

@@ -1,0 +1,333 @@
+"""The core against a deliberately naive second model: whatever happens, both say and own the same.
+
+A failure prints the shortest story that Hypothesis found, and the blob that reproduces it.
+"""
+
+from datetime import UTC, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from workers.ledger.commands import (
+    Action,
+    AdjustCredits,
+    BuyPack,
+    CancelBooking,
+    Command,
+    CompleteGeneration,
+    EndGeneration,
+    GrantCredits,
+    LinkIdentities,
+    RefundGeneration,
+    RegisterUser,
+    RequestBooking,
+    RequestGeneration,
+    StartPeriods,
+    TransferCredits,
+)
+from workers.ledger.writer import CLOCK
+
+from .actions import (
+    SMALL,
+    TIMES_AS_MANY,
+    actions,
+    adjustments,
+    aimed,
+    aims,
+    bookings,
+    cancellations,
+    completions,
+    ends,
+    examples,
+    grants,
+    invoices,
+    links,
+    packs,
+    people,
+    refunds,
+    registrations,
+    requests,
+    transfers,
+    waits,
+)
+from .kit import START, Ledger, complete, prove, told
+from .naive import NEVER, Naive, Plan, Prices
+
+pytestmark = pytest.mark.timeout(180 * TIMES_AS_MANY)
+
+EVERYTHING = 10**18
+PRICES = Prices(
+    each={"image": 4},
+    each_of_model={("image", "flux-pro"): 6},
+    hold_seconds={"image": 3600},
+    daily_limit={"free": 1},
+    signup={"free": 2},
+    plans={
+        "plain": Plan("pro", 10),
+        "yearly": Plan("pro", 10, monthly=True),
+        "all_rolls": Plan("pro", 10, rolls_over=EVERYTHING),
+        "some_rolls": Plan("pro", 10, rolls_over=3, trial_credits=2),
+    },
+)
+CONSERVING = (RequestBooking, CancelBooking, TransferCredits)
+
+
+def ask(naive: Naive, action: Action) -> str:
+    """Put an action to the second model, in its own words."""
+    match action:
+        case RegisterUser():
+            zone = ZoneInfo(action.time_zone) if action.time_zone else None
+            return naive.register(action.account, action.tier, zone)
+        case LinkIdentities():
+            return "applied"
+        case GrantCredits():
+            return naive.grant(action.account, action.credits, action.pool, action.expires_at)
+        case AdjustCredits():
+            return naive.adjust(action.account, action.credits)
+        case TransferCredits():
+            return naive.transfer(action.sender, action.receiver, action.credits)
+        case BuyPack():
+            return naive.buy(
+                action.account, action.purchase_key, action.credits, action.expires_after
+            )
+        case StartPeriods():
+            lines = [
+                (line.plan, line.period_start, line.period_end, line.quantity, line.trial)
+                for line in action.lines
+            ]
+            return naive.pay_invoice(action.account, action.subscription_id, lines)
+        case RequestGeneration():
+            return naive.request(
+                action.account,
+                action.generation_id,
+                action.kind,
+                action.model,
+                action.units,
+                action.credits,
+                action.hold_seconds,
+            )
+        case CompleteGeneration():
+            return naive.complete(
+                action.account,
+                action.generation_id,
+                action.kind,
+                action.model,
+                action.units,
+                action.credits,
+            )
+        case EndGeneration():
+            return naive.end(action.account, action.generation_id, action.state)
+        case RefundGeneration():
+            return naive.refund(action.generation_id, action.credits)
+        case RequestBooking():
+            return naive.book(action.booking_id, action.client, action.practitioner, action.credits)
+        case CancelBooking():
+            return naive.cancel(action.booking_id, action.credits)
+    raise AssertionError(action)
+
+
+class BothModels(RuleBasedStateMachine):
+    """Every command goes to both; after every step both must own the same, lot by lot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(catalogue=SMALL)
+        self.naive = Naive(PRICES, START)
+        self.sent: list[Command] = []
+
+    # -- what may happen ----------------------------------------------------------------------------------
+
+    @initialize(first=st.lists(grants | packs, max_size=6))
+    def begin(self, first: list[Action]) -> None:
+        """Credits to begin with, or all the rest would only ever be refused."""
+        self.both(*first)
+
+    @rule(action=grants)
+    def grant(self, action: Action) -> None:
+        """An operator gives credits."""
+        self.both(action)
+
+    @rule(action=packs)
+    def buy(self, action: Action) -> None:
+        """A pack is bought."""
+        self.both(action)
+
+    @rule(action=invoices)
+    def pay_an_invoice(self, action: Action) -> None:
+        """A period is paid."""
+        self.both(action)
+
+    @rule(action=registrations | links)
+    def tell_who(self, action: Action) -> None:
+        """Somebody signs up, moves, changes tier or is linked."""
+        self.both(action)
+
+    @rule(action=adjustments | transfers)
+    def operate(self, action: Action) -> None:
+        """An operator corrects or moves credits."""
+        self.both(action)
+
+    @rule(action=requests, aim=aims)
+    def request(self, action: Action, aim: int) -> None:
+        """A generation is requested."""
+        self.both(self.at(action, aim))
+
+    @rule(action=completions, aim=aims)
+    def complete(self, action: Action, aim: int) -> None:
+        """A generation is completed."""
+        self.both(self.at(action, aim))
+
+    @rule(action=ends, aim=aims)
+    def end(self, action: Action, aim: int) -> None:
+        """A generation fails or is cancelled."""
+        self.both(self.at(action, aim))
+
+    @rule(who=people)
+    def spend_all(self, who: str) -> None:
+        """Somebody generates until nothing is left, so that what is called off afterwards becomes debt."""
+        self.naive.pass_to(self.ledger.now)
+        if left := self.naive.available(who):
+            self.both(complete(left, id=f"all-{len(self.sent)}", by=who))
+
+    @rule(action=refunds, aim=aims)
+    def refund(self, action: Action, aim: int) -> None:
+        """A generation is refunded."""
+        self.both(self.at(action, aim))
+
+    @rule(action=bookings, aim=aims)
+    def book(self, action: Action, aim: int) -> None:
+        """Somebody is booked."""
+        self.both(self.at(action, aim))
+
+    @rule(action=cancellations, aim=aims)
+    def cancel(self, action: Action, aim: int) -> None:
+        """A booking is called off."""
+        self.both(self.at(action, aim))
+
+    @rule(several=st.lists(st.tuples(actions, aims), min_size=2, max_size=6))
+    def one_batch(self, several: list[tuple[Action, int]]) -> None:
+        """Several commands are decided in one batch."""
+        self.both(*(self.at(action, aim) for action, aim in several))
+
+    @rule(seconds=waits)
+    def wait(self, seconds: int) -> None:
+        """Time passes."""
+        self.ledger.wait(seconds=seconds)
+        self.naive.pass_to(self.ledger.now)
+
+    @rule(who=people)
+    def clock(self, who: str) -> None:
+        """The clock gets to an account; what it does must have counted before."""
+        self.ledger.settle(who)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """A command comes again."""
+        again = data.draw(st.sampled_from(self.sent))
+        self.nothing_but_time(["duplicate"], again)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), action=actions)
+    def misuse_a_key(self, data: st.DataObject, action: Action) -> None:
+        """A key comes again with other content, and perhaps for another thing."""
+        cause = data.draw(st.sampled_from(self.sent)).cause
+        self.nothing_but_time(["conflict"], Command(cause, action, b"other content"))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def replay(self, data: st.DataObject) -> None:
+        """All that was sent, up to somewhere, is sent again in one batch."""
+        upto = data.draw(st.integers(1, len(self.sent)))
+        self.nothing_but_time(["duplicate"] * upto, *self.sent[:upto])
+
+    # -- putting it to both -------------------------------------------------------------------------------
+
+    def at(self, action: Action, aim: int) -> Action:
+        """The action, mostly about something that there is."""
+        work, booked = self.naive.work, self.naive.booked
+        finished = [id for id, work in work.items() if work.cost > work.refunded]
+        open_bookings = [id for id, booked in booked.items() if booked.credits > booked.returned]
+        things = {
+            RequestGeneration: work,
+            CompleteGeneration: self.naive.reserved or work,
+            EndGeneration: self.naive.reserved or work,
+            RefundGeneration: finished or work,
+            RequestBooking: booked,
+            CancelBooking: open_bookings or booked,
+        }
+        return aimed(action, aim, things)
+
+    def both(self, *several: Action) -> None:
+        """Decide a batch with the core and, one by one, with the second model."""
+        commands = [self.ledger.command(action) for action in several]
+        execution = self.ledger.run(*commands)
+        self.sent += commands
+        said = [told(decision.outcome) for decision in execution.decisions]
+        assert said == [ask(self.naive, action) for action in several]
+        for word, decision in zip(said, execution.decisions, strict=True):
+            own = [
+                entry
+                for entry in execution.entries
+                if entry.transaction_id == decision.transaction_id
+            ]
+            if word != "applied":
+                assert own == [], "a refusal or a repeat has an entry"
+            elif isinstance(decision.command.action, CONSERVING):
+                gained = [
+                    entry.balance_after - entry.balance_before - entry.debt_delta for entry in own
+                ]
+                assert sum(gained) == 0, "credits were made or lost between two accounts"
+
+    def nothing_but_time(self, said: list[str], *commands: Command) -> None:
+        """A batch that may do nothing of its own."""
+        before = self.ledger.content()
+        execution = self.ledger.run(*commands)
+        assert [told(decision.outcome) for decision in execution.decisions] == said
+        assert {entry.cause["source"] for entry in execution.entries} <= {CLOCK}
+        if not execution.entries:
+            assert self.ledger.content() == before
+
+    # -- what must always hold ----------------------------------------------------------------------------
+
+    @invariant()
+    def both_own_the_same(self) -> None:
+        """Totals, debt, every lot with what is held of it and when it ends, holds, counters."""
+        seen, naive = self.ledger.look(), self.naive
+        for who, account in seen.accounts.items():
+            ours = (account.subscription, account.purchased, account.held, account.debt)
+            theirs = (naive.pool(who, "subscription"), naive.pool(who, "purchased"))
+            assert ours == (*theirs, naive.held(who), naive.debt(who)), who
+            assert [
+                (lot.pool, lot.remaining, lot.held, lot.expires_at or NEVER) for lot in account.lots
+            ] == [
+                (grant.pool, naive.left(grant), naive.pinned(grant), grant.expires_at)
+                for grant in naive.lots(who)
+            ], who
+            assert account.tier == naive.tier(who)
+        for id, row in self.ledger.generations.items():
+            now = seen.generations.get(id, row)
+            work = naive.work[id]
+            assert (now.state, now.taken, now.given_back, now.counted_on) == (
+                work.state,
+                work.cost,
+                work.refunded,
+                work.counted_on,
+            ), id
+        today = self.ledger.now.astimezone(UTC).date()
+        for days in (-1, 0, 1):
+            for who in seen.accounts:
+                day = today + timedelta(days)
+                counted = seen.usage.get((who, day))
+                count = counted.generations if counted else 0
+                assert count == naive.generated_on(who, day), (who, day)
+
+    def teardown(self) -> None:
+        """In the end every journal adds up, from its first entry to its last."""
+        prove(self.ledger)
+
+
+TestBothModels = BothModels.TestCase
+TestBothModels.settings = examples(200, stateful_step_count=60)
