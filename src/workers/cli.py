@@ -13,10 +13,11 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 import typer
 from typer.exceptions import TyperException
+
+from workers.up.reach import database_reached, in_short, is_about_the_connection, kafka_reached
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +93,7 @@ def migrate(as_json: Json = False) -> int:
     from workers.store.migrations import migrate as apply
 
     url = require(_operator_settings().database_url, "database_url")
-    with _database_reached(url):
+    with database_reached(url):
         applied = asyncio.run(apply(url))
     _answer(
         {"applied": applied},
@@ -108,7 +109,7 @@ def topics(as_json: Json = False) -> int:
     from workers.topics import ensure_topics
 
     settings = _operator_settings()
-    with _kafka_reached(settings):
+    with kafka_reached(settings.kafka_bootstrap):
         created = asyncio.run(ensure_topics(settings))
     _answer(
         {"created": created},
@@ -371,6 +372,7 @@ def _sentence(error: Exception) -> str | None:
         ("workers.store.migrations", "MigrationError"),
         ("workers.embedded.processes", "EmbeddedError"),
         ("workers.up.supervisor", "StackError"),
+        ("workers.up.reach", "UnreachableError"),
         (__name__, "UnusableError"),
     }
     for kind in type(error).__mro__:
@@ -378,90 +380,17 @@ def _sentence(error: Exception) -> str | None:
             return str(error)
         if (kind.__module__, kind.__name__) == ("aiokafka.errors", "KafkaError"):
             return (
-                f"Kafka did not answer as it should ({_in_short(error)}): look after it, or mend "
+                f"Kafka did not answer as it should ({in_short(error)}): look after it, or mend "
                 "CREDITS_KAFKA_BOOTSTRAP, and try again."
             )
-        if kind.__module__.startswith("asyncpg.") and _is_about_the_connection(error):
+        if kind.__module__.startswith("asyncpg.") and is_about_the_connection(error):
             return (
-                f"PostgreSQL did not answer as it should ({_in_short(error)}): look after it, or mend "
+                f"PostgreSQL did not answer as it should ({in_short(error)}): look after it, or mend "
                 "CREDITS_DATABASE_URL, and try again."
             )
     if isinstance(error, TimeoutError | ConnectionError):
-        return f"A server did not answer in time ({_in_short(error)}): look after it and try again."
+        return f"A server did not answer in time ({in_short(error)}): look after it and try again."
     return None
-
-
-def _is_about_the_connection(error: Exception) -> bool:
-    """Whether a database error is about reaching and being let in, not about what we asked."""
-    import asyncpg
-
-    return isinstance(
-        error,
-        asyncpg.PostgresConnectionError
-        | asyncpg.InvalidAuthorizationSpecificationError
-        | asyncpg.InvalidCatalogNameError
-        | asyncpg.OperatorInterventionError
-        | asyncpg.InsufficientResourcesError
-        | asyncpg.ClientConfigurationError,
-    )
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _database_reached(url: str) -> Iterator[None]:
-    """Turn what keeps us from the database into a sentence. Nothing inside may speak to anything else."""
-    import asyncpg
-
-    where = _address(url)
-    try:
-        yield
-    except (
-        asyncpg.UndefinedTableError,
-        asyncpg.UndefinedObjectError,
-        asyncpg.InvalidSchemaNameError,
-        asyncpg.InvalidParameterValueError,  # the role that a migration makes is not there yet
-    ) as error:
-        raise UnusableError(
-            f"the database at {where} holds no ledger yet: run `credits migrate` first"
-        ) from error
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise UnusableError(
-            f"the login in CREDITS_DATABASE_URL may not do this at {where} ({_in_short(error)}): grant it the role "
-            "credits_worker, or use another login"
-        ) from error
-    except Exception as error:
-        if not (isinstance(error, OSError) or _is_about_the_connection(error)):
-            raise
-        raise UnusableError(
-            f"PostgreSQL at {where} cannot be used ({_in_short(error)}): start it, or mend CREDITS_DATABASE_URL"
-        ) from error
-
-
-@contextlib.contextmanager
-def _kafka_reached(settings: "Settings") -> Iterator[None]:
-    """Turn what keeps us from Kafka into a sentence."""
-    from aiokafka.errors import KafkaError
-
-    try:
-        yield
-    except (KafkaError, OSError) as error:
-        raise UnusableError(
-            f"Kafka at {settings.kafka_bootstrap} cannot be used ({_in_short(error)}): start it, or mend "
-            "CREDITS_KAFKA_BOOTSTRAP"
-        ) from error
-
-
-def _address(url: str) -> str:
-    """Host, port and database of a URL: never its user or password."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "the address in CREDITS_DATABASE_URL"
-    return f"{parts.hostname or 'localhost'}{port}{parts.path}"
 
 
 def _operator_settings() -> "Settings":
@@ -494,7 +423,7 @@ def _with_database(work: "Callable[[Pool], Coroutine[Any, Any, T]]") -> T:
         async with _pool(url) as pool:
             return await work(pool)
 
-    with _database_reached(url):
+    with database_reached(url):
         return asyncio.run(connected())
 
 

@@ -1,5 +1,6 @@
 """`credits up` as a user runs it: a process of its own, in a home with a space in its name."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,13 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import pytest
+
+from workers.operations.dead_letters import count_dead
+from workers.settings import load_settings
+from workers.store.database import open_pool
+from workers.up.stack_file import read_stack
+from workers.up.story import tell
+from workers.up.watch import Picture, Watcher
 
 T = TypeVar("T")
 
@@ -174,6 +182,58 @@ def test_it_is_ready_when_it_says_so(shared: Up) -> None:
     assert f"{stack['http_url']}/console" in shared.said()
 
 
+async def test_the_story_shows_every_rule_within_fifteen_seconds(shared: Up) -> None:
+    """The script, through the front doors: what each person has afterwards, and that it can be told again."""
+    stack = read_stack(shared.home)
+    assert stack is not None
+    settings = load_settings(
+        database_url=stack.database_url, kafka_bootstrap=stack.kafka_bootstrap, home=shared.home
+    )
+    pool = await open_pool(stack.database_url, size_max=1)
+    watcher = Watcher(settings, stack, count_dead_letters=lambda: count_dead(pool))
+    await watcher.start()
+    following = asyncio.create_task(watcher.run())
+    try:
+        async with tell(settings, stack, watcher) as story:
+            begun = time.monotonic()
+            await story.script()
+            assert time.monotonic() - begun < 15
+            assert await watcher.until(_all_was_told, seconds=20), watcher.picture
+            reasons = [change.what for change in watcher.picture.tail if change.refused]
+            assert reasons == ["insufficient_credits", "daily_limit"]
+            people = {
+                owner.removeprefix("user:"): a for owner, a in watcher.picture.accounts.items()
+            }
+            assert people["ada"].tier == people["katherine"].tier == "pro"
+            assert people["ada"].subscription == 800 - 12
+            assert people["grace"].purchased == 10 + 100 - 40  # the webhook came three times
+            assert people["linus"].available == 10 + 50 - 3 * 4
+            assert people["alan"].available == 10 + 100 - 25
+            assert people["margaret"].available == 10 + 25
+            assert watcher.picture.dead_letters == 1
+            await story.script()  # again, on the same ledger
+            alan = watcher.picture.accounts["user:alan"]
+            assert await watcher.until(lambda _: alan.version == 9, seconds=20), alan
+            assert alan.available == 10 + 200 - 50
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await watcher.stop()
+        await pool.close()
+
+
+def _all_was_told(picture: Picture) -> bool:
+    katherine = picture.accounts.get("user:katherine")
+    return (
+        picture.dead_letters == 1
+        and picture.rejections_total == 2
+        and katherine is not None
+        and katherine.subscription == 800
+        and katherine.tier == "pro"
+        and picture.accounts["user:ada"].held == 0
+    )
+
+
 @pytest.mark.parametrize("name", ["worker", "gateway"])
 def test_a_killed_process_is_back_within_two_seconds(shared: Up, name: str) -> None:
     """With kill -9: a new process, and its id in stack.json; then ready again."""
@@ -205,20 +265,29 @@ def test_a_killed_server_comes_back_at_the_same_address(shared: Up, name: str) -
 
 
 def test_operator_commands_find_the_stack_that_runs_beside(shared: Up) -> None:
-    """`credits dead list` and `topics` work with nothing but CREDITS_HOME."""
+    """`credits topics` and `balance` work with nothing but CREDITS_HOME."""
     inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
     environment = {**inherited, "CREDITS_HOME": str(shared.home)}
-    for command, key in ((["dead", "list"], "dead_letters"), (["topics"], "created")):
-        answer = subprocess.run(
+
+    def answer(*command: str) -> Any:
+        done = subprocess.run(
             [sys.executable, "-m", "workers", *command, "--json"],
             env=environment,
             capture_output=True,
             text=True,
             timeout=30,
-            check=False,
+            check=True,
         )
-        assert answer.returncode == 0, answer.stderr
-        assert json.loads(answer.stdout)[key] == []
+        return json.loads(done.stdout)
+
+    assert answer("topics") == {"created": []}
+    told = answer("balance", "user:ada")
+    headers = {"authorization": f"Bearer {shared.stack['read_token']}"}
+    over_http = httpx.get(f"{shared.stack['http_url']}/v1/accounts/user:ada", headers=headers)
+    assert told == over_http.json()
+    assert told["balance"]["subscription"] > 0
+    first = answer("entries", "ada", "--limit", "1")
+    assert (first["entries"][0]["kind"], first["next_after_version"]) == ("signup_grant", 1)
 
 
 def test_a_second_stack_in_the_same_home_is_refused(shared: Up) -> None:

@@ -53,12 +53,13 @@ def draw(picture: Picture, *, width: int, height: int, hint: str = "") -> Render
     """The whole view, exactly `height` lines at most `width` columns wide."""
     accounts = _accounts_shown(picture)
     lines_left = height - HEADER_LINES - FOOTER_LINES - GAP_LINES - 2 * TABLE_LINES
-    rows = min(len(accounts), max(1, lines_left - STREAM_LINES_MIN))
-    changes = list(picture.tail)[-max(1, lines_left - max(1, rows)) :]
-    padding = lines_left - max(1, rows) - len(changes)
+    accounts = accounts[: max(1, lines_left - STREAM_LINES_MIN)]
+    account_lines = max(1, len(accounts))  # an empty table says so, in a line
+    changes = list(picture.tail)[-max(1, lines_left - account_lines) :]
+    padding = lines_left - account_lines - max(1, len(changes))
     return Group(
         _header(picture, width),
-        _accounts_table(accounts[:rows], width),
+        _accounts_table(accounts, width),
         Text(),
         _stream_table(changes, width),
         *([Text("\n" * (padding - 1))] if padding > 0 else []),

@@ -4,7 +4,9 @@ Hides who reads it and how slowly. Invariant: printing never holds the superviso
 queue to a thread of their own; when the reader does not keep up, or has gone, lines are dropped and counted.
 """
 
+import contextlib
 import json
+import os
 import queue
 import shutil
 import sys
@@ -121,7 +123,10 @@ class Output:
                 sys.stdout.write(line + "\n")
                 sys.stdout.flush()
             except (OSError, ValueError):
-                return  # the reader has gone
+                # The reader has gone. What Python still holds back for it must not fail at the exit.
+                with contextlib.suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                return
 
 
 def credits_command() -> str:

@@ -44,8 +44,8 @@ class Options:
 def bring_up(settings: Settings, options: Options) -> int:
     """Run the stack until a signal ends it. Returns the exit status: 0 for an end that was asked for.
 
-    Raises StackError, SettingsError, EmbeddedError, MigrationError, and what the database's and Kafka's clients
-    raise when a server of yours cannot be reached; everything that was started has been stopped by then.
+    Raises StackError, SettingsError, EmbeddedError, MigrationError, UnreachableError; everything that was started
+    has been stopped by then.
     """
     output = Output(as_json=options.as_json)
     try:
@@ -159,7 +159,9 @@ async def _play(
     from workers.up.live import render_svg
 
     watcher.picture.note = ""
-    options.picture.write_text(render_svg(watcher.picture, hint="credits balance user:ada"), encoding="utf-8")
+    options.picture.write_text(
+        render_svg(watcher.picture, hint="credits balance user:ada"), encoding="utf-8"
+    )
     output.say(f"The picture is in {options.picture}")
 
 

@@ -97,8 +97,9 @@ class Story:
 
     async def _insufficient_then_bought(self) -> None:
         """Grace cannot pay a video, buys a pack (its webhook comes three times), and then can."""
-        await self._generation("requested", "grace", self._id("gen"), kind="video")
-        await self._beat()
+        video = self._id("gen")
+        await self._generation("requested", "grace", video, kind="video")
+        await self._end("completed", "grace", video)  # told again, she may afford it
         await self._buy_pack("grace", "small", deliveries=3)
         await self._seen("grace", 40)
         video = self._id("gen")
@@ -165,8 +166,12 @@ class Story:
 
     async def _end(self, step: str, person: str, name: str, **more: Any) -> None:
         """The end of a generation, unless its request was refused: then it never ran."""
-        tail = list(self._watcher.picture.tail)
-        if not any(change.refused and name in change.cause for change in tail):
+
+        def answers(picture: Picture) -> list[bool]:
+            return [change.refused for change in list(picture.tail) if name in change.cause]
+
+        await self._watcher.until(lambda picture: bool(answers(picture)), seconds=SCENE_SECONDS_MAX)
+        if not any(answers(self._watcher.picture)):
             await self._generation(step, person, name, **more)
 
     async def _any_booking(self) -> None:

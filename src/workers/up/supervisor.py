@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from workers.settings import Settings, SettingsError, load_settings
 from workers.up.processes import Process
+from workers.up.reach import database_reached, kafka_reached
 from workers.up.servers import Addresses, Servers, servers_of
 from workers.up.stack_file import Stack, read_stack, remove_stack, write_stack
 
@@ -35,6 +36,9 @@ SERVERS_STOP_SECONDS = 18.0
 TOPIC_ATTEMPTS = 5
 # A server that listens on every address is reached at this one.
 REACHED_AT = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 
@@ -82,8 +86,8 @@ class Supervisor:
     async def start(self) -> None:
         """Start everything and wait until it is ready.
 
-        Raises StackError, SettingsError, EmbeddedError, MigrationError, and what the database's and Kafka's
-        clients raise when a server of yours cannot be reached. The caller stops after any of them.
+        Raises StackError, SettingsError, EmbeddedError, MigrationError, UnreachableError. The caller stops
+        after any of them.
         """
         self.settings.load_catalogue()  # a mistake in it is told here, not in the log of a dying worker
         self._choose_port()
@@ -132,25 +136,30 @@ class Supervisor:
 
     async def _lay_out(self) -> None:
         """Bring the schema up to date and create what topics are missing."""
+        from workers.store.migrations import migrate
+
+        stack = self.stack
+        with database_reached(stack.database_url):
+            applied = await migrate(stack.database_url)
+        self._say(f"The schema is up to date ({len(applied)} migrations applied now)")
+        with kafka_reached(stack.kafka_bootstrap):
+            created = await self._ensure_topics()
+        self._say(f"The topics are there ({len(created)} created now)")
+
+    async def _ensure_topics(self) -> list[str]:
         from aiokafka.errors import KafkaError
 
-        from workers.store.migrations import migrate
         from workers.topics import ensure_topics
 
-        applied = await migrate(self.stack.database_url)
-        self._say(f"The schema is up to date ({len(applied)} migrations applied now)")
-        for attempt in range(1, TOPIC_ATTEMPTS + 1):
+        for attempt in range(1, TOPIC_ATTEMPTS):
             try:
-                created = await ensure_topics(self.child_settings())
-                break
+                return await ensure_topics(self.child_settings())
             except KafkaError:
-                # A broker that has just started may not have elected its controller yet.
-                if attempt == TOPIC_ATTEMPTS or self.settings.stack_kind == "external":
+                if self.settings.stack_kind == "external":
                     raise
+                # A broker that has just started may not have elected its controller yet.
                 await asyncio.sleep(0.2 * attempt)
-        else:  # pragma: no cover - the last attempt raises
-            created = []
-        self._say(f"The topics are there ({len(created)} created now)")
+        return await ensure_topics(self.child_settings())
 
     def child_settings(self) -> Settings:
         """The settings under which worker and gateway run, for what this process does itself."""
@@ -218,8 +227,8 @@ class Supervisor:
             while time.monotonic() - begun < READY_SECONDS_MAX:
                 try:
                     response = await client.get(f"{self.stack.http_url}/readyz")
-                    self._port_is_settled = True
-                    if response.status_code == 200:
+                    if response.status_code == 200 and await self._is_ours(client):
+                        self._port_is_settled = True
                         self._say(
                             f"Worker and gateway are ready ({time.monotonic() - begun:.1f} s)"
                         )
@@ -233,6 +242,14 @@ class Supervisor:
         raise StackError(
             f"not ready after {READY_SECONDS_MAX:.0f} s ({answered}): see worker.log and gateway.log in {logs}"
         )
+
+    async def _is_ours(self, client: "httpx.AsyncClient") -> bool:
+        """Whether the gateway that answers is this stack's: another one, faster at the port, knows other tokens."""
+        response = await client.get(
+            f"{self.stack.http_url}/v1/accounts/user:nobody",
+            headers={"authorization": f"Bearer {self._read_token}"},
+        )
+        return response.status_code not in {401, 403}
 
     def _refuse_hopeless(self) -> None:
         """Give up when a process cannot even start."""
@@ -287,8 +304,14 @@ class Supervisor:
 @contextlib.contextmanager
 def sole_use(home: Path) -> Iterator[None]:
     """Hold the home for this process. Raises StackError when another stack runs from it."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "up.lock").open("ab") as lock:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = (home / "up.lock").open("ab")
+    except OSError as error:
+        raise StackError(
+            f"the folder {home} cannot be used ({error.strerror}): set CREDITS_HOME to one that you may write"
+        ) from error
+    with lock:
         try:
             # The lock belongs to the open file, which no child inherits: it goes with this process.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,273 @@
+"""The `credits` command: what it answers, how it exits, and that a failure is one sentence."""
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from workers import cli
+from workers.embedded import Servers
+from workers.ledger.catalogue import DEFAULT_CATALOGUE
+from workers.up.stack_file import Stack, write_stack
+
+LETTER = """
+    INSERT INTO credits.dead_letters (topic, partition, kafka_offset, record_hash, key, value, headers, reason, detail,
+                                      recorded_at)
+    VALUES ('generation.events', 0, 7, '\\x01', 'ada', $1, '[]', 'malformed', 'cut off', now())
+    RETURNING dead_letter_id
+"""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("CREDITS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CREDITS_HOME", str(tmp_path / "a home"))
+
+
+@pytest.fixture
+def closed_port() -> int:
+    """A port at which nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def empty_database(servers: Servers) -> Iterator[str]:
+    """The address of a database that nobody has migrated."""
+    name = f"credits_test_{secrets.token_hex(6)}"
+    asyncio.run(_on(servers.database_url, "execute", f"CREATE DATABASE {name}"))
+    yield urlsplit(servers.database_url)._replace(path=f"/{name}").geturl()
+    asyncio.run(_on(servers.database_url, "execute", f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+async def _on(url: str, method: str, *arguments: Any) -> Any:
+    connection = await asyncpg.connect(url)
+    try:
+        return await getattr(connection, method)(*arguments)
+    finally:
+        await connection.close()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must exit 2; returns its one sentence."""
+    assert cli.run(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("credits: ")
+    assert told.err.count("\n") == 1
+    assert "Traceback" not in told.err
+    return told.err
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> Any:
+    """Run a command with --json; returns its answer."""
+    assert cli.run([*arguments, "--json"]) == status
+    told = capsys.readouterr()
+    assert told.err == ""
+    return json.loads(told.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "credits --help"),
+        (["no-such"], "credits --help"),
+        (["dead"], "credits dead --help"),
+        (["balance"], "credits balance --help"),
+        (["up", "--no-such"], "credits up --help"),
+        (["dead", "list", "--limit", "0"], "credits dead list --help"),
+        (["dead", "list", "--state", "gone"], "replaying"),
+        (["dead", "list", "--reason", "bored"], "unresolved"),
+        (["dead", "replay"], "--all"),
+        (["dead", "replay", "1", "--all"], "--all"),
+        (["dead", "replay", "--reason", "bored"], "unresolved"),
+        (["dead", "discard", "1"], "credits dead discard --help"),
+        (["dead", "discard", "1", "--by-reason", " "], "--by-reason"),
+        (["balance", "user:ada", "--at", "yesterday"], "2026-11-21T10:00:00Z"),
+        (["balance", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
+        (["catalogue", "check", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_wrong_usage_exits_2_with_a_sentence_that_helps(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], hint: str
+) -> None:
+    """One line on standard error that names the way out."""
+    assert hint in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "command", ["balance user:ada", "entries ada", "dead list", "migrate", "topics"]
+)
+def test_without_any_stack_the_sentence_says_how_to_have_one(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """No address and no running stack: where it looked, and what to start or set."""
+    sentence = refused(capsys, *command.split())
+    assert "a home" in sentence
+    assert "make run" in sentence
+    assert "CREDITS_DATABASE_URL" in sentence
+
+
+@pytest.mark.parametrize("command", ["balance user:ada", "entries ada", "dead list", "migrate"])
+def test_an_unreachable_database_is_named_without_its_password(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    closed_port: int,
+    command: str,
+) -> None:
+    """Exit 2; host and port are told, login and password are not."""
+    url = f"postgresql://somebody:secret@127.0.0.1:{closed_port}/credits"
+    monkeypatch.setenv("CREDITS_DATABASE_URL", url)
+    sentence = refused(capsys, *command.split())
+    assert f"127.0.0.1:{closed_port}/credits" in sentence
+    assert "secret" not in sentence
+
+
+def test_an_address_that_is_none_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database URL that cannot be parsed is wrong usage, not a crash."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", "somewhere")
+    assert "CREDITS_DATABASE_URL" in refused(capsys, "balance", "user:ada")
+
+
+def test_an_unreachable_kafka_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
+    """Exit 2 with the broker's address."""
+    monkeypatch.setenv("CREDITS_KAFKA_BOOTSTRAP", f"127.0.0.1:{closed_port}")
+    assert f"127.0.0.1:{closed_port}" in refused(capsys, "topics")
+
+
+def test_a_setting_that_is_wrong_is_named_and_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable, not its value."""
+    monkeypatch.setenv("CREDITS_HTTP_PORT", "eighty")
+    sentence = refused(capsys, "up", "--no-story")
+    assert "CREDITS_HTTP_PORT" in sentence
+    assert "eighty" not in sentence
+
+
+def test_a_database_without_the_ledger_is_told_to_migrate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, empty_database: str
+) -> None:
+    """A database that was never migrated: exit 2, and the command that mends it."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", empty_database)
+    assert "credits migrate" in refused(capsys, "balance", "user:ada")
+
+
+def test_migrate_applies_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, empty_database: str
+) -> None:
+    """The first run names what it applied, the second has nothing to do."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", empty_database)
+    first = answered(capsys, "migrate")
+    assert first["applied"][0] == "0001_ledger"
+    assert answered(capsys, "migrate") == {"applied": []}
+
+
+def test_topics_are_created_once(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kafka_bootstrap: str,
+    topic_prefix: str,
+) -> None:
+    """All eleven under the prefix; then none is missing."""
+    monkeypatch.setenv("CREDITS_KAFKA_BOOTSTRAP", kafka_bootstrap)
+    monkeypatch.setenv("CREDITS_TOPIC_PREFIX", topic_prefix)
+    created = answered(capsys, "topics")
+    assert len(created["created"]) == 11
+    assert f"{topic_prefix}credit.changed" in created["created"]
+    assert answered(capsys, "topics") == {"created": []}
+
+
+def test_an_owner_never_seen_is_a_problem_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Exit 1 with a sentence; an owner that no id can be is wrong usage."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    for command in ("balance", "entries"):
+        assert cli.run([command, "user:nobody"]) == 1
+        assert "user:nobody was never seen" in capsys.readouterr().err
+    assert "user:<id>" in refused(capsys, "balance", "user:two words")
+
+
+def test_dead_letters_are_looked_at_replayed_and_discarded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """The shapes of --json, and exit 1 where something waits or did not move."""
+    message = b'\x1b[31m{"half": '
+    poison = asyncio.run(_on(database_url, "fetchval", LETTER, message))
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    listed = answered(capsys, "dead", "list", status=1)
+    assert listed["total"] == 1
+    assert listed["dead_letters"][0]["dead_letter_id"] == poison
+    assert listed["dead_letters"][0]["reason"] == "malformed"
+    shown = answered(capsys, "dead", "show", str(poison))
+    assert bytes.fromhex(shown["value_hex"]) == message
+    assert cli.run(["dead", "show", str(poison)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    replayed = answered(capsys, "dead", "replay", str(poison))
+    assert replayed == {"replaying": [poison], "unmoved": [], "left": 0}
+    late = answered(capsys, "dead", "discard", str(poison), "--by-reason", "x", status=1)
+    unmoved = [{"dead_letter_id": poison, "state": "replaying"}]
+    assert late == {"discarded": [], "unmoved": unmoved, "left": 0}
+    assert cli.run(["dead", "show", "999"]) == 1
+    assert "999" in capsys.readouterr().err
+
+
+def test_a_catalogue_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A good one exits 0 and tells what it sells; a bad one exits 1 and names the key."""
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text(DEFAULT_CATALOGUE)
+    bad.write_text(DEFAULT_CATALOGUE.replace("credits = 40", "credit = 40"))
+    told = answered(capsys, "catalogue", "check", str(good))
+    assert told["valid"] is True
+    assert told["packs"] == ["promo", "small"]
+    told = answered(capsys, "catalogue", "check", str(bad), status=1)
+    assert told["valid"] is False
+    assert "generations.video" in told["error"]
+
+
+def test_the_stack_that_runs_in_the_home_is_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, database_url: str
+) -> None:
+    """Without CREDITS_DATABASE_URL the address comes from stack.json."""
+    stack = Stack(
+        database_url=database_url,
+        kafka_bootstrap="127.0.0.1:1",
+        http_url="http://127.0.0.1:1",
+        read_token="r",
+        admin_token="a",
+        stripe_webhook_secret="whsec_x",
+        pids={},
+    )
+    write_stack(tmp_path / "a home", stack)
+    assert answered(capsys, "dead", "list") == {"dead_letters": [], "total": 0}
+
+
+def test_help_answers_at_once_and_loads_no_driver() -> None:
+    """`credits --help` imports neither a driver nor the settings."""
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "workers", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    for command in ("up", "worker", "gateway", "balance", "dead", "catalogue"):
+        assert command in told.stdout
+    for heavy in ("asyncpg", "aiokafka", "pydantic", "stripe", "fastapi"):
+        assert f" {heavy}\n" not in told.stderr
