@@ -12,7 +12,7 @@ help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 run: $(STAMP) ## Start everything, play the story, show it live (Ctrl-C stops it all)
-	@exec $(BIN)/credits up
+	@exec $(BIN)/python -m workers up
 
 env: $(STAMP) ## Make .venv and fetch the embedded servers
 	@$(BIN)/python -m workers.embedded fetch
@@ -25,7 +25,7 @@ check: $(STAMP) ## Format check, lint, strict types, import contract, schema dri
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/credits schemas --check
+	@$(BIN)/python -m workers schemas --check
 
 format: $(STAMP) ## Format and apply safe fixes
 	@$(BIN)/ruff format .
@@ -42,5 +42,5 @@ $(STAMP): pyproject.toml uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit("credit-workers needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11+") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
-	@VIRTUAL_ENV='$(CURDIR)/$(VENV)' $(UV) sync --active --frozen --inexact --all-extras --all-groups
+	@VIRTUAL_ENV='$(CURDIR)/$(VENV)' UV_PYTHON_DOWNLOADS=never $(UV) sync --active --frozen --inexact --all-extras --all-groups
 	@touch $(STAMP)
