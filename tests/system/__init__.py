@@ -1,0 +1,1 @@
+"""The whole service through its public doors, over real Kafka and real PostgreSQL."""

@@ -1,0 +1,834 @@
+"""A deployment of its own for tests: topics, database, workers and gateway, and all that comes out of them.
+
+Hides how things are started, how records are read back, and how a test waits. Events go in by the public doors
+(Kafka, signed webhooks); what became of them is read from the outbound topics by a plain consumer, or over HTTP.
+Nothing here sleeps for a length of time: `until` is woken by each thing that comes out, and what lies outside of
+us (Kafka's groups, the database's sessions) is asked again until it is as wanted.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from structlog._config import BoundLoggerLazyProxy
+
+from workers.embedded import Servers
+from workers.gateway.app import create_app
+from workers.gateway.connections import Broker, late_database
+from workers.gateway.serve import Server, listen
+from workers.messages.record import decode_headers
+from workers.settings import INBOUND_TOPICS, Settings
+from workers.topics import all_topics, ensure_topics
+from workers.worker import serve_worker
+
+from .stripe_events import SECRET, checkout, signature
+
+Result = TypeVar("Result")
+Headers = Sequence[tuple[str, bytes | None]]
+
+READER = "reader-token"
+SOURCE = "tests"
+# Far beyond what anything takes here: a deadline is reached by what never happens, not by a slow machine.
+PATIENCE_SECONDS = 90.0
+REQUEST_BYTES_MAX = 10 * 1024 * 1024
+
+BOOKING, GENERATION, ACCOUNT, STRIPE = (
+    "booking.events",
+    "generation.events",
+    "account.events",
+    "stripe.webhook",
+)
+CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
+
+_listening: ContextVar["Logs | None"] = ContextVar("_listening", default=None)
+
+
+class Place(NamedTuple):
+    """Where a record is."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A record of an outbound topic, as a subscriber gets it; `topic` is without the prefix."""
+
+    topic: str
+    record: ConsumerRecord
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """The message."""
+        return json.loads(self.record.value)
+
+    @cached_property
+    def headers(self) -> dict[str, bytes | None]:
+        """The headers by name."""
+        return dict(self.record.headers)
+
+    @property
+    def dead_of(self) -> Place:
+        """The record that this dead letter is a copy of."""
+        said = [self.headers[f"dead-letter-{name}"] for name in ("topic", "partition", "offset")]
+        topic, partition, offset = (value.decode() for value in said if value is not None)
+        return Place(topic, int(partition), int(offset))
+
+
+@dataclass(frozen=True)
+class Dead:
+    """A dead letter as the database keeps it."""
+
+    id: int
+    place: Place
+    reason: str
+    detail: str
+    state: str
+    attempts: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+    identified: tuple[str | None, str | None, str | None]
+
+
+@dataclass
+class News:
+    """Wakes those who wait for something to happen."""
+
+    _next: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def spread(self) -> None:
+        """Something happened."""
+        last, self._next = self._next, asyncio.Event()
+        last.set()
+
+    async def wait(self) -> None:
+        """Wait for the next thing to happen."""
+        await self._next.wait()
+
+
+@dataclass
+class Logs:
+    """The log lines of one worker, as events with fields."""
+
+    news: News
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+        self.news.spread()
+
+    def of(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """The lines of this event whose fields have these values."""
+        return [
+            line
+            for line in self.lines
+            if line.get("event") == event
+            and all(line.get(name) == value for name, value in fields.items())
+        ]
+
+
+def _tap(_logger: Any, _method: str, line: dict[str, Any]) -> dict[str, Any]:
+    logs = _listening.get()
+    if logs is not None:
+        logs.add(dict(line))
+    raise structlog.DropEvent
+
+
+@contextlib.contextmanager
+def tapped_logs() -> Iterable[None]:
+    """While it is open, each in-process worker's log lines go to its own `Logs` and nowhere else."""
+    before = structlog.get_config()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("workers.") and isinstance(
+            log := vars(module).get("log"), BoundLoggerLazyProxy
+        ):
+            vars(log).pop("bind", None)  # where a configuration before told loggers to remember it
+    structlog.configure(processors=[_tap], cache_logger_on_first_use=False)
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+class InProcess:
+    """A worker in this process; it ends when it is told to, as on SIGTERM."""
+
+    def __init__(self, settings: Settings, news: News) -> None:
+        self.logs = Logs(news)
+        self._stop = asyncio.Event()
+        _listening.set(self.logs)
+        self._task = asyncio.create_task(serve_worker(settings, stop=self._stop))
+        _listening.set(None)
+        self._task.add_done_callback(lambda _: news.spread())
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended it, if it ended by itself."""
+        return self._task.exception() if self._task.done() and not self._task.cancelled() else None
+
+    async def stop(self) -> None:
+        """End it in order. Raises what it failed with, if it did."""
+        self._stop.set()
+        await self._task
+
+
+class Process:
+    """A worker as it is deployed: `python -m workers worker`, which signals can reach."""
+
+    def __init__(self, process: asyncio.subprocess.Process, news: News) -> None:
+        self.logs = Logs(news)
+        self._process = process
+        self._killed = False
+        self._reader = asyncio.create_task(self._read(news))
+
+    @classmethod
+    async def start(cls, environment: dict[str, str], news: News) -> Self:
+        """Start the process; it may not consume yet."""
+        inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "workers",
+            "worker",
+            env={**inherited, **environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=2**24,
+        )
+        return cls(process, news)
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended it, if it ended by itself."""
+        status = self._process.returncode
+        if status in {None, 0} or self._killed:
+            return None
+        return RuntimeError(f"a worker ended with status {status}: {self.logs.lines[-5:]}")
+
+    async def _read(self, news: News) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            try:
+                self.logs.add(json.loads(line))
+            except ValueError:
+                self.logs.add({"event": "unformatted", "text": line.decode(errors="replace")})
+        await self._process.wait()
+        news.spread()
+
+    def freeze(self) -> None:
+        """SIGSTOP: it does nothing, and does not know it."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on where it was."""
+        self._process.send_signal(signal.SIGCONT)
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._killed = True
+        self._process.kill()
+        await self._reader
+
+    async def stop(self) -> None:
+        """SIGTERM, and wait until it has ended. Raises when it ended badly."""
+        if self._process.returncode is None:
+            self._process.terminate()
+        await self._reader
+        if not self._killed:
+            assert self._process.returncode == 0, self.logs.lines[-5:]
+
+
+Worker = InProcess | Process
+
+
+class World:
+    """One deployment. Use `World.open`."""
+
+    def __init__(
+        self, told: dict[str, Any], database: asyncpg.Pool, producer: AIOKafkaProducer
+    ) -> None:
+        self._told = told
+        self.settings = Settings(**told)
+        self.database = database
+        self.news = News()
+        self.workers: list[Worker] = []
+        self.arrived: defaultdict[str, list[Arrived]] = defaultdict(list)
+        self.answers: defaultdict[str, list[Arrived]] = defaultdict(list)
+        self.disorder: list[str] = []
+        self._producer = producer
+        self._versions: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+        self._mark = secrets.token_hex(3)
+        self.http: httpx.AsyncClient
+        self.admin: AIOKafkaAdminClient
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, servers: Servers, template: str, *, partitions: int, **settings: Any
+    ) -> AsyncIterator[Self]:
+        """Topics, a migrated database, a gateway and a subscriber to everything. No worker yet."""
+        async with contextlib.AsyncExitStack() as stack:
+            url = await stack.enter_async_context(_database(servers.database_url, template))
+            told = {
+                "database_url": url,
+                "kafka_bootstrap": servers.kafka_bootstrap,
+                "stack": "external",
+                "topic_prefix": f"w{secrets.token_hex(3)}.",
+                "stripe_webhook_secrets": SECRET,
+                "read_tokens": READER,
+                "http_port": 0,
+                "partitions": partitions,
+                **settings,
+            }
+            await ensure_topics(Settings(**told))
+            database = await stack.enter_async_context(
+                asyncpg.create_pool(
+                    url, min_size=1, max_size=4, server_settings={"search_path": "credits"}
+                )
+            )
+            producer = await stack.enter_async_context(
+                AIOKafkaProducer(
+                    bootstrap_servers=servers.kafka_bootstrap,
+                    max_request_size=REQUEST_BYTES_MAX,
+                    enable_idempotence=True,
+                )
+            )
+            world = cls(told, database, producer)
+            stack.enter_context(tapped_logs())
+            world.admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
+            await world.admin.start()
+            stack.push_async_callback(world.admin.close)
+            world.http = await stack.enter_async_context(_gateway(world.settings))
+            await stack.enter_async_context(world._subscribed())
+            stack.push_async_callback(world.stop_workers)
+            yield world
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    def start_worker(self, **settings: Any) -> InProcess:
+        """Start a worker in this process."""
+        worker = InProcess(Settings(**{**self._told, **settings}), self.news)
+        self.workers.append(worker)
+        return worker
+
+    async def spawn_worker(self) -> Process:
+        """Start a worker in a process of its own."""
+        worker = await Process.start(self.environment, self.news)
+        self.workers.append(worker)
+        return worker
+
+    async def stop_workers(self) -> None:
+        """Stop all workers in order. Raises what any of them failed with."""
+        workers, self.workers = self.workers, []
+        ends = await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process of this deployment is told."""
+        settings = self.settings
+        assert settings.database_url is not None
+        assert settings.stripe_webhook_secrets is not None
+        return {
+            "CREDITS_STACK": "external",
+            "CREDITS_DATABASE_URL": settings.database_url.get_secret_value(),
+            "CREDITS_KAFKA_BOOTSTRAP": settings.kafka_bootstrap or "",
+            "CREDITS_TOPIC_PREFIX": settings.topic_prefix,
+            "CREDITS_STRIPE_WEBHOOK_SECRETS": settings.stripe_webhook_secrets.get_secret_value(),
+            "CREDITS_BATCH_RECORDS_MAX": str(settings.batch_records_max),
+        }
+
+    async def command(self, *arguments: str) -> Any:
+        """Run `credits ARGUMENTS --json` against this deployment; what it answered."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workers", *arguments, "--json",
+            env={**os.environ, **self.environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        output, errors = await process.communicate()
+        assert process.returncode in {0, 1}, errors.decode()
+        return json.loads(output)
+
+    # -- in -------------------------------------------------------------------------------------------------------
+
+    def name(self, kind: str) -> str:
+        """An id that nothing else in this deployment has."""
+        return f"{kind}-{self._mark}-{next(self._numbers)}"
+
+    async def publish(
+        self,
+        topic: str,
+        type: str,
+        data: Any,
+        *,
+        key: str | None = None,
+        id: str | None = None,
+        headers: Headers = (),
+        partition: int | None = None,
+    ) -> str:
+        """Publish a CloudEvent in binary mode; its id."""
+        id = id or self.name("e")
+        value = json.dumps(data).encode()
+        await self.publish_raw(
+            topic,
+            value,
+            key=key.encode() if key else None,
+            headers=[*attributes(type, id), *headers],
+            partition=partition,
+        )
+        return id
+
+    async def publish_all(
+        self, topic: str, events: Iterable[tuple[str, Any]], *, partitions: Iterable[int]
+    ) -> list[str]:
+        """Publish many events at once, dealt to these partitions in turn; their ids."""
+        ids, sent = [], []
+        for (type_, data), partition in zip(events, itertools.cycle(partitions), strict=False):
+            ids.append(id_ := self.name("e"))
+            sent.append(
+                await self._producer.send(
+                    self.settings.topic(topic),
+                    json.dumps(data).encode(),
+                    partition=partition,
+                    headers=attributes(type_, id_),
+                )
+            )
+        await asyncio.gather(*sent)
+        return ids
+
+    async def publish_raw(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        headers: Headers = (),
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        producer: AIOKafkaProducer | None = None,
+    ) -> Place:
+        """Publish any bytes; where they are now."""
+        if value is None and key is None:
+            key = b"k"  # the client library refuses a record of nothing at all
+        sent = await (producer or self._producer).send_and_wait(
+            self.settings.topic(topic),
+            value,
+            key=key,
+            headers=list(headers),
+            partition=partition,
+            timestamp_ms=timestamp_ms,
+        )
+        return Place(topic, sent.partition, sent.offset)
+
+    @contextlib.asynccontextmanager
+    async def producer(self, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+        """A publisher with options of its own."""
+        bootstrap = self.settings.kafka_bootstrap
+        async with AIOKafkaProducer(bootstrap_servers=bootstrap, **options) as producer:
+            yield producer
+
+    async def forward(
+        self, event: dict[str, Any] | bytes, *, secret: str = SECRET, partition: int | None = None
+    ) -> Place:
+        """Put a signed webhook on the topic as the gateway would, past the gateway; where it is."""
+        body = event if isinstance(event, bytes) else json.dumps(event).encode()
+        headers = [("stripe-signature", signature(body, secret).encode())]
+        return await self.publish_raw(STRIPE, body, headers=headers, partition=partition)
+
+    async def webhook(self, event: dict[str, Any], *, secret: str = SECRET) -> str:
+        """Send an event of Stripe through the gateway, signed as Stripe signs; its id."""
+        body = json.dumps(event, indent=2).encode()
+        response = await self.http.post(
+            "/webhooks/stripe", content=body, headers={"stripe-signature": signature(body, secret)}
+        )
+        assert response.status_code == 200, response.text
+        return event["id"]
+
+    # -- out ------------------------------------------------------------------------------------------------------
+
+    async def until(
+        self, condition: Callable[[], Result], *, within: float = PATIENCE_SECONDS
+    ) -> Result:
+        """Wait until something that came out makes the condition true; what it returned."""
+        try:
+            async with asyncio.timeout(within):
+                while not (found := condition()):
+                    self._fail_on_fault()
+                    await self.news.wait()
+        except TimeoutError:
+            so_far = {topic: len(records) for topic, records in self.arrived.items()}
+            logs = [line for worker in self.workers for line in worker.logs.lines[-3:]]
+            raise AssertionError(
+                f"not within {within} s; arrived: {so_far}; logs: {logs}"
+            ) from None
+        return found
+
+    def _fail_on_fault(self) -> None:
+        for worker in self.workers:
+            if worker.fault is not None:
+                raise AssertionError("a worker ended by itself") from worker.fault
+
+    async def answered(self, *ids: str, count: int = 1) -> list[Arrived]:
+        """Wait until each of these events has so many answers (entries or a rejection); all of them."""
+        missing = set(ids)
+
+        def complete() -> bool:
+            missing.difference_update(
+                [id_ for id_ in missing if len(self.answers.get(id_, ())) >= count]
+            )
+            return not missing
+
+        await self.until(complete)
+        return [answer for id_ in ids for answer in self.answers[id_]]
+
+    async def applied(self, *ids: str, count: int = 1) -> list[dict[str, Any]]:
+        """As `answered`, when every answer must be an entry; the data of `credit.changed`."""
+        answers = await self.answered(*ids, count=count)
+        refused = [answer.data for answer in answers if answer.topic != CHANGED]
+        assert not refused
+        return [answer.data for answer in answers]
+
+    async def passed(self, *topics: str) -> None:
+        """Wait until all that was published on these topics so far has been decided.
+
+        One more event on each partition, whose answer can only come after everything before it.
+        """
+        ends = itertools.product(topics or INBOUND_TOPICS, range(self.settings.partitions))
+        await self.answered(*[await self._mark_end(topic, partition) for topic, partition in ends])
+
+    async def _mark_end(self, topic: str, partition: int) -> str:
+        name = self.name("fence")
+        match topic:
+            case "booking.events":
+                type_, data = "booking.cancelled", {"booking_id": name}
+            case "generation.events":
+                type_, data = "generation.failed", {"generation_id": name, "user_id": "fence"}
+            case "account.events":
+                grant = {"user_id": "fence", "credits": 1, "pool": "purchased", "reason": "fence"}
+                type_, data = "credits.granted", grant
+            case _:
+                await self.forward(checkout(name, user="fence"), partition=partition)
+                return name
+        return await self.publish(topic, type_, data, id=name, partition=partition)
+
+    async def dead_letter(self, place: Place) -> Arrived:
+        """Wait until the record at this place is on its dead-letter topic."""
+        return (await self.until(lambda: self.deaths(place)))[0]
+
+    def deaths(self, place: Place) -> list[Arrived]:
+        """What the dead-letter topic has of the record at this place."""
+        return [one for one in self.arrived[f"{place.topic}.dead"] if one.dead_of == place]
+
+    def changed(self, account: str) -> list[dict[str, Any]]:
+        """What was published about an account so far, repeats left out."""
+        versions = {
+            one.data["version"]: one.data
+            for one in self.arrived[CHANGED]
+            if one.data["account_id"] == account
+        }
+        return [versions[version] for version in sorted(versions)]
+
+    @contextlib.asynccontextmanager
+    async def _subscribed(self) -> AsyncIterator[None]:
+        settings = self.settings
+        outbound = set(all_topics(settings)) - {settings.topic(name) for name in INBOUND_TOPICS}
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=settings.kafka_bootstrap,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+        )
+        consumer.assign(
+            [
+                TopicPartition(name, number)
+                for name in outbound
+                for number in range(settings.partitions)
+            ]
+        )
+        async with consumer:
+            reading = asyncio.create_task(self._receive(consumer))
+            try:
+                yield
+            finally:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+
+    async def _receive(self, consumer: AIOKafkaConsumer) -> None:
+        while True:
+            for records in (await consumer.getmany(timeout_ms=10_000)).values():
+                for record in records:
+                    self._take(record)
+            self.news.spread()
+
+    def _take(self, record: ConsumerRecord) -> None:
+        one = Arrived(record.topic.removeprefix(self.settings.topic_prefix), record)
+        self.arrived[one.topic].append(one)
+        if one.topic in {CHANGED, REJECTED}:
+            self.answers[one.data["cause"]["id"]].append(one)
+        if one.topic == CHANGED:
+            # A repeat may come after a crash; a gap, or a version never seen before its predecessor, never.
+            account, version = one.data["account_id"], one.data["version"]
+            if version > self._versions.get(account, 0) + 1:
+                self.disorder.append(f"{account}: {version} after {self._versions.get(account, 0)}")
+            self._versions[account] = max(version, self._versions.get(account, 0))
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    async def account(self, owner: str) -> dict[str, Any]:
+        """`GET /v1/accounts/{owner}`."""
+        response = await self.http.get(f"/v1/accounts/{owner}")
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def balance(self, owner: str) -> dict[str, int]:
+        """The account's balance object."""
+        return (await self.account(owner))["balance"]
+
+    async def entries(self, owner: str) -> list[dict[str, Any]]:
+        """`GET /v1/accounts/{owner}/entries`."""
+        response = await self.http.get(f"/v1/accounts/{owner}/entries?limit=1000")
+        assert response.status_code == 200, response.text
+        return response.json()["entries"]
+
+    async def what_became_of(self, source: str, type_: str, key: str) -> str | None:
+        """`GET /v1/commands`: the state of an event; None when nothing is known of it."""
+        asked = {"source": source, "type": type_, "key": key}
+        response = await self.http.get("/v1/commands", params=asked)
+        return response.json()["state"] if response.status_code == 200 else None
+
+    async def dead(self) -> dict[Place, Dead]:
+        """All dead letters, by the place of their records. Fails if a record has two."""
+        rows = await self.database.fetch("SELECT * FROM dead_letters ORDER BY dead_letter_id")
+        letters = [
+            Dead(
+                row["dead_letter_id"],
+                Place(row["topic"], row["partition"], row["kafka_offset"]),
+                row["reason"],
+                row["detail"],
+                row["state"],
+                row["attempts"],
+                row["key"],
+                row["value"],
+                decode_headers(row["headers"]),
+                (row["source"], row["type"], row["command_key"]),
+            )
+            for row in rows
+        ]
+        places = Counter(letter.place for letter in letters)
+        assert not [place for place, count in places.items() if count > 1]
+        return {letter.place: letter for letter in letters}
+
+    async def committed(self, topic: str) -> dict[int, int]:
+        """The group's committed offset of each partition that has one."""
+        found = await self.admin.list_consumer_group_offsets(self._group(topic))
+        return {
+            partition.partition: told.offset
+            for partition, told in found.items()
+            if told.offset >= 0
+        }
+
+    async def ends(self, *topics: str) -> dict[tuple[str, int], int]:
+        """Where each partition of these topics ends."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap)
+        async with consumer:
+            partitions = [
+                TopicPartition(self.settings.topic(topic), number)
+                for topic in topics
+                for number in range(self.settings.partitions)
+            ]
+            ends = await consumer.end_offsets(partitions)
+        prefix = self.settings.topic_prefix
+        return {(at.topic.removeprefix(prefix), at.partition): end for at, end in ends.items()}
+
+    async def rewind(self, *topics: str) -> None:
+        """Make the groups of these topics, which nobody may be in, begin at the beginning again."""
+        for topic in topics:
+            consumer = AIOKafkaConsumer(
+                bootstrap_servers=self.settings.kafka_bootstrap,
+                group_id=self._group(topic),
+                enable_auto_commit=False,
+            )
+            partitions = [
+                TopicPartition(self.settings.topic(topic), number)
+                for number in range(self.settings.partitions)
+            ]
+            consumer.assign(partitions)
+            async with consumer:
+                await consumer.commit(dict.fromkeys(partitions, 0))
+
+    async def members(self, topic: str) -> dict[str, set[int]]:
+        """The members of a topic's group and the partitions of each; empty while the group is unstable."""
+        response, *_ = await self.admin.describe_consumer_groups([self._group(topic)])
+        (_error, _group, state, _type, _protocol, members, *_rest) = response.groups[0]
+        if state != "Stable":
+            return {}
+        return {member[0]: _assigned(member[-1]) for member in members}
+
+    def _group(self, topic: str) -> str:
+        return f"{self.settings.topic_prefix}credit-workers.{topic}"
+
+    async def create_topic(self, topic: str, **options: str) -> None:
+        """A topic of one partition beside those of the product."""
+        name = self.settings.topic(topic)
+        new = NewTopic(name=name, num_partitions=1, replication_factor=1, topic_configs=options)
+        await self.admin.create_topics([new])
+
+    async def check_books(self) -> None:
+        """The invariants of the ledger, over everything that this deployment has ever done."""
+        for claim, query in BOOKS.items():
+            assert [dict(row) for row in await self.database.fetch(query)] == [], claim
+        assert self.disorder == []
+        published = Counter(
+            (one.data["account_id"], one.data["version"]) for one in self.arrived[CHANGED]
+        )
+        recorded = {
+            (row[0], row[1])
+            for row in await self.database.fetch("SELECT account_id, version FROM entries")
+        }
+        await self.until(
+            lambda: (
+                recorded
+                <= {(one.data["account_id"], one.data["version"]) for one in self.arrived[CHANGED]}
+            )
+        )
+        assert set(published) <= recorded
+
+
+# What must hold of the tables at any moment: each query finds the exceptions.
+BOOKS = {
+    "an account's totals are those of its last entry": """
+        SELECT a.account_id FROM accounts a
+        LEFT JOIN entries e ON e.account_id = a.account_id AND e.version = a.version
+        WHERE (a.version > 0 AND (e.version IS NULL OR (a.subscription, a.purchased, a.held, a.debt)
+              IS DISTINCT FROM (e.subscription_after, e.purchased_after, e.held_after, e.debt_after)))""",
+    "an account's totals are the sums of its lots": """
+        SELECT a.account_id FROM accounts a LEFT JOIN (
+            SELECT account_id, sum(remaining) FILTER (WHERE pool = 'subscription') AS subscription,
+                   sum(remaining) FILTER (WHERE pool = 'purchased') AS purchased, sum(held) AS held
+            FROM lots GROUP BY account_id) l USING (account_id)
+        WHERE (a.subscription, a.purchased, a.held)
+              IS DISTINCT FROM (coalesce(l.subscription, 0), coalesce(l.purchased, 0), coalesce(l.held, 0))""",
+    "versions have no gap, and each entry begins where the one before it ended": """
+        SELECT account_id, version FROM (
+            SELECT *, lag(version, 1, 0::bigint) OVER w AS last_version,
+                   lag(balance_after, 1, 0::bigint) OVER w AS last_balance,
+                   lag(hash, 1, ''::bytea) OVER w AS last_hash
+            FROM entries WINDOW w AS (PARTITION BY account_id ORDER BY version)) e
+        WHERE version <> last_version + 1 OR balance_before <> last_balance OR previous_hash <> last_hash""",
+    "a transfer takes as much as it gives": """
+        SELECT transaction_id FROM entries WHERE kind IN ('booking_debit', 'session_earning', 'transfer')
+           AND cause->>'type' IN ('booking.requested', 'credits.transferred')
+        GROUP BY transaction_id HAVING sum(subscription_delta + purchased_delta) <> 0 OR count(*) <> 2""",
+    "an event has the entries of one transaction at most": """
+        SELECT cause->>'source', cause->>'type', cause->>'idempotency_key' FROM entries
+        WHERE kind NOT IN ('expiry', 'generation_release', 'debt_payment')
+        GROUP BY 1, 2, 3 HAVING count(DISTINCT transaction_id) > 1""",
+}
+
+
+def attributes(type_: str, id_: str) -> list[tuple[str, bytes | None]]:
+    """The headers of a CloudEvent in binary mode."""
+    return [
+        ("ce_specversion", b"1.0"),
+        ("ce_type", type_.encode()),
+        ("ce_source", SOURCE.encode()),
+        ("ce_id", id_.encode()),
+        ("content-type", b"application/json"),
+    ]
+
+
+async def eventually(
+    probe: Callable[[], Awaitable[Result]], *, within: float = PATIENCE_SECONDS
+) -> Result:
+    """Ask something outside of us until its answer is true; that answer."""
+    async with asyncio.timeout(within):
+        while not (found := await probe()):  # noqa: ASYNC110 - it cannot tell us
+            await asyncio.sleep(0.05)  # between two questions; nothing depends on its length
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _database(server_url: str, template: str) -> AsyncIterator[str]:
+    name = f"credits_world_{secrets.token_hex(6)}"
+    await _administer(server_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    try:
+        yield urlunsplit(urlsplit(server_url)._replace(path=f"/{name}"))
+    finally:
+        await _administer(server_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def _administer(server_url: str, statement: str) -> None:
+    connection = await asyncpg.connect(server_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@contextlib.asynccontextmanager
+async def _gateway(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A gateway that has reached its servers; the client knows its address and carries a token."""
+    with listen(settings) as listener:
+        port = listener.getsockname()[1]
+        async with late_database(settings) as database, Broker(settings) as broker:
+            server = Server(create_app(settings, database=database, broker=broker))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            try:
+                async with httpx.AsyncClient(
+                    base_url=f"http://127.0.0.1:{port}",
+                    timeout=30,
+                    headers={"authorization": f"Bearer {READER}"},
+                ) as client:
+                    await eventually(lambda: _reached(client))
+                    yield client
+            finally:
+                server.stop()
+                await serving
+
+
+async def _reached(client: httpx.AsyncClient) -> bool:
+    """Whether the gateway has both servers, whatever else may be missing."""
+    text = (await client.get("/readyz")).text
+    return re.search(r"kafka|postgresql", text) is None
+
+
+def _assigned(encoded: bytes) -> set[int]:
+    """The partitions of a member's assignment, which is of one topic here."""
+    from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
+
+    if not encoded:
+        return set()
+    told = ConsumerProtocolMemberAssignment.decode(encoded)
+    return {partition for _topic, partitions in told.assignment for partition in partitions}
