@@ -12,7 +12,7 @@ import jiter
 
 from workers.messages.record import Record, Refused
 
-ID = re.compile(r"^[!-~]{1,255}$")
+ID = re.compile(r"[!-~]{1,255}\Z")  # \Z: a `$` would let a newline follow
 TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 STRUCTURED = "application/cloudevents"
 DATASCHEMA_VERSION = re.compile(r"/v(\d+)/?$")
@@ -61,6 +61,8 @@ def read_event(record: Record, *, types: frozenset[str]) -> Event:
         attributes = read_json(record.value)
         if not isinstance(attributes, dict):
             raise Refused("malformed", "a structured CloudEvent is a JSON object")
+        # The JSON format: an attribute that is null is one that is not there.
+        attributes = {name: value for name, value in attributes.items() if value is not None}
         data_type = attributes.get("datacontenttype", "application/json")
         data = attributes.get("data")
     else:
@@ -158,8 +160,8 @@ def _time(value: Any, default: datetime) -> datetime:
     if value is None:
         return default
     try:
-        moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError) as error:
+        moment = datetime.fromisoformat(value.upper())  # RFC 3339 allows a small t and z
+    except (AttributeError, ValueError) as error:
         raise Refused(
             "malformed", "CloudEvents attribute 'time' is not an RFC 3339 time"
         ) from error

@@ -31,10 +31,20 @@ class Refused(Exception):  # noqa: N818 - a verdict on a message, not a failure 
     """
 
     def __init__(self, reason: DeadReason, detail: str, *, manual_fix: bool = False) -> None:
+        detail = _printable(detail)
         super().__init__(detail)
         self.reason: DeadReason = reason
         self.detail = detail
         self.manual_fix = manual_fix
+
+
+def _printable(text: str) -> str:
+    """A text that quotes a stranger's: without what a database refuses (NUL) or a terminal obeys (escapes)."""
+    if text.isprintable():
+        return text
+    return "".join(
+        mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text
+    )
 
 
 @dataclass(frozen=True, slots=True)

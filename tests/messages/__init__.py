@@ -1,0 +1,1 @@
+"""What crosses the wire: strict in, exact out, and schemas that say the same as the models."""
