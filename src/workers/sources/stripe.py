@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
-from uuid import UUID
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -45,6 +44,8 @@ LINKING = frozenset(
 )
 # Money that goes back: kept as dead letters until a release applies them, so that none is lost.
 TO_COME = re.compile(r"^(refund\.(created|updated|failed)|charge\.refunded|charge\.dispute\.\w+)$")
+# As it is written everywhere; `uuid.UUID` would also take `0x` and underscores between the digits.
+UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 UUID_LAYERS = ("resolved_supabase_user_id", "supabase_user_id", "original_userId")
 
 
@@ -102,6 +103,7 @@ class _SubscriptionDetails(_Object):
 
 
 class _Parent(_Object):
+    type: str | None = None
     subscription_details: _SubscriptionDetails | None = None
     subscription_item_details: _SubscriptionDetails | None = None
     invoice_item_details: _SubscriptionDetails | None = None
@@ -119,6 +121,7 @@ class _InvoiceLine(_Object):
     period: _Period | None = None
     quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
     amount: int | None = None
+    type: str | None = None
     price: _Price | None = None
     pricing: _Pricing | None = None
     proration: bool | None = None
@@ -139,6 +142,13 @@ class _InvoiceLine(_Object):
             parent.subscription_item_details
             or parent.invoice_item_details
             or _SubscriptionDetails()
+        )
+
+    @property
+    def is_extra(self) -> bool:
+        """Something billed beside the subscription, such as a set-up fee: no plan is expected of it."""
+        return self.type == "invoiceitem" or (
+            self.parent is not None and self.parent.type == "invoice_item_details"
         )
 
     @property
@@ -226,10 +236,14 @@ def read_stripe(
         offset=record.offset,
     )
     object_ = event.data.get("object")
-    if event.type in CHECKOUT_PAID:
-        return _read_checkout(cause, read_data(_Session, object_), catalogue)
-    if event.type in INVOICE_PAID:
-        return _read_invoice(cause, read_data(_Invoice, object_), catalogue)
+    if event.type in CHECKOUT_PAID | INVOICE_PAID:
+        try:
+            if event.type in CHECKOUT_PAID:
+                return _read_checkout(cause, read_data(_Session, object_), catalogue)
+            return _read_invoice(cause, read_data(_Invoice, object_), catalogue)
+        except Refused as refused:
+            refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
+            raise
     if event.type in LINKING:
         return _read_linking(cause, read_data(_Customer, object_))
     return Ignored(event.type)
@@ -289,8 +303,9 @@ def _bought(session: _Session, catalogue: Catalogue) -> tuple[int, int | None]:
         )
         if name is not None:
             names.extend([name] * (1 if item.quantity is None else item.quantity))
-    if not names and session.metadata.get("pack") in catalogue.packs:
-        names = [session.metadata["pack"]]
+    pack = session.metadata.get("pack")
+    if not names and isinstance(pack, str) and pack in catalogue.packs:
+        names = [pack]
     if names:
         packs = [catalogue.packs[name] for name in names]
         expiries = {pack.expires_days for pack in packs}
@@ -354,7 +369,8 @@ def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, 
             continue
         plan = catalogue.plan_of_price(line.price_id)
         if plan is None:
-            if line.item.subscription or line.subscription or len(invoice.lines.data) == 1:
+            of_subscription = line.item.subscription or line.subscription
+            if not line.is_extra and (of_subscription or len(invoice.lines.data) == 1):
                 detail = (
                     f"invoice {invoice.id} was paid for price {line.price_id}, which is in no plan of the catalogue: "
                     "add it to a plan's stripe_prices, then replay this dead letter"
@@ -417,10 +433,7 @@ def _claimed_user(layers: Iterable[Mapping[str, Any]], reference: str | None) ->
 
 
 def _uuid(value: Any) -> str | None:
-    try:
-        return str(UUID(value)) if isinstance(value, str) and len(value) == 36 else None
-    except ValueError:
-        return None
+    return value.lower() if isinstance(value, str) and UUID_FORM.fullmatch(value) else None
 
 
 def _owner(identities: Identities, customer_id: str | None, claimed: str | None) -> str | None:
