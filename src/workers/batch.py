@@ -209,6 +209,11 @@ class Ledger:
             return self._sources.read(work.record)
         except Refused as refused:
             return refused
+        except Exception as error:
+            # Reading is pure: what it stumbles over is this record, whatever is wrong with our code. It must
+            # neither stop the worker nor pass unseen.
+            log.exception("record_not_read", topic=work.record.topic, offset=work.record.offset)
+            return Refused("malformed", f"reading it failed: {describe(error)}", manual_fix=True)
 
     async def _apply_claimed(self, limit: int, refusal: Refused | None) -> Report | None:
         started = time.perf_counter()
