@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 Header: TypeAlias = tuple[str, bytes | None]
-READ_HEADERS = frozenset({"content-type", "stripe-signature", "traceparent"})
+READ_HEADERS = frozenset({"content-type", "stripe-signature"})
+TRACEPARENT = "traceparent"
 
 DeadReason: TypeAlias = Literal[
     "malformed",
@@ -68,7 +69,9 @@ class Record:
         headers = {}
         for name, value in self.headers:
             known = name.lower()
-            if known in READ_HEADERS or known.startswith("ce_"):
+            if known == TRACEPARENT:  # a tracing library's; it never decides whether a record is good
+                headers[known] = (value or b"").decode("utf-8", "replace")
+            elif known in READ_HEADERS or known.startswith("ce_"):
                 try:
                     headers[known] = (value or b"").decode("utf-8")
                 except UnicodeDecodeError as error:
