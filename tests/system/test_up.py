@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from workers.operations.dead_letters import count_dead
 from workers.settings import load_settings
@@ -179,7 +181,8 @@ def test_it_is_ready_when_it_says_so(shared: Up) -> None:
     for token in (stack["read_token"], stack["admin_token"]):
         answer = httpx.get(account, headers={"authorization": f"Bearer {token}"})
         assert answer.status_code == 404
-    assert f"{stack['http_url']}/console" in shared.said()
+    for told in (f"{stack['http_url']}/console", stack["read_token"], stack["admin_token"]):
+        assert told in shared.said()
 
 
 async def test_the_story_shows_every_rule_within_fifteen_seconds(shared: Up) -> None:
@@ -264,8 +267,8 @@ def test_a_killed_server_comes_back_at_the_same_address(shared: Up, name: str) -
     until(lambda: _is_ready(shared), seconds=60.0, but=shared.said)
 
 
-def test_operator_commands_find_the_stack_that_runs_beside(shared: Up) -> None:
-    """`credits topics` and `balance` work with nothing but CREDITS_HOME."""
+async def test_operator_commands_find_the_stack_that_runs_beside(shared: Up) -> None:
+    """An event through Kafka shows in `credits balance` and `entries` with nothing but CREDITS_HOME."""
     inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
     environment = {**inherited, "CREDITS_HOME": str(shared.home)}
 
@@ -281,13 +284,29 @@ def test_operator_commands_find_the_stack_that_runs_beside(shared: Up) -> None:
         return json.loads(done.stdout)
 
     assert answer("topics") == {"created": []}
-    told = answer("balance", "user:ada")
-    headers = {"authorization": f"Bearer {shared.stack['read_token']}"}
-    over_http = httpx.get(f"{shared.stack['http_url']}/v1/accounts/user:ada", headers=headers)
-    assert told == over_http.json()
-    assert told["balance"]["subscription"] > 0
-    first = answer("entries", "ada", "--limit", "1")
-    assert (first["entries"][0]["kind"], first["next_after_version"]) == ("signup_grant", 1)
+    async with AIOKafkaProducer(bootstrap_servers=shared.stack["kafka_bootstrap"]) as producer:
+        headers = [
+            ("ce_specversion", b"1.0"),
+            ("ce_id", b"1"),
+            ("ce_source", b"/test"),
+            ("ce_type", b"user.created"),
+        ]
+        await producer.send_and_wait(
+            "account.events", b'{"user_id": "hedy"}', key=b"hedy", headers=headers
+        )
+    account = f"{shared.stack['http_url']}/v1/accounts/user:hedy"
+    bearer = {"authorization": f"Bearer {shared.stack['read_token']}"}
+
+    def over_http() -> Any:
+        told = httpx.get(account, headers=bearer)
+        return told.json() if told.status_code == 200 else None
+
+    seen = until(over_http, seconds=30, but=shared.said)
+    assert seen["balance"]["available"] == 10
+    assert answer("balance", "user:hedy") == answer("balance", "hedy") == seen
+    entries = answer("entries", "hedy")
+    assert [entry["kind"] for entry in entries["entries"]] == ["signup_grant"]
+    assert entries["next_after_version"] is None
 
 
 def test_a_second_stack_in_the_same_home_is_refused(shared: Up) -> None:
@@ -350,7 +369,7 @@ def test_a_killed_supervisor_takes_everything_along(own: Callable[..., Up]) -> N
 
 
 def test_ports_and_secrets_that_are_set_are_used(own: Callable[..., Up]) -> None:
-    """A port, tokens and a secret from the environment appear unchanged in stack.json and work."""
+    """A port, tokens and a secret from the environment stand in stack.json and work, and are printed nowhere."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     up = own(
@@ -367,6 +386,9 @@ def test_ports_and_secrets_that_are_set_are_used(own: Callable[..., Up]) -> None
     headers = {"authorization": "Bearer older-reader"}
     answer = httpx.get(f"{stack['http_url']}/v1/accounts/user:nobody", headers=headers)
     assert answer.status_code == 404
+    password = urlsplit(stack["database_url"]).password or "none"
+    for known in ("newest-reader", "an-admin", "whsec_mine", password):
+        assert known not in up.said()
 
 
 def test_a_port_that_is_taken_is_told_in_a_sentence(own: Callable[..., Up]) -> None:

@@ -15,7 +15,6 @@ def a_picture(*, accounts: int = 12, changes: int = 60) -> Picture:
         http_url="http://127.0.0.1:8080",
         kafka="127.0.0.1:29092",
         database="127.0.0.1:25432/credits",
-        read_token="the-read-token",
         admin_token="the-admin-token",
         events_total=1234,
         dead_letters=1,
@@ -63,7 +62,7 @@ def test_the_picture_stands_alone_and_holds_no_token() -> None:
     """No font or script from elsewhere, no secret; the same state draws the same lines."""
     svg = render_svg(a_picture())
     assert svg.startswith("<svg")
-    for absent in ("font-face", "<script", "@import", "the-read-token", "the-admin-token"):
+    for absent in ("font-face", "<script", "@import", "the-admin-token"):
         assert absent not in svg
     assert "gen-0059" in svg
 

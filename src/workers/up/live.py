@@ -69,7 +69,7 @@ def draw(picture: Picture, *, width: int, height: int, hint: str = "") -> Render
 
 def render_svg(picture: Picture, *, hint: str = "") -> str:
     """The view as an SVG that stands alone: no script, no font or other file from elsewhere, no token."""
-    shown = replace(picture, read_token="", admin_token="")
+    shown = replace(picture, admin_token="")
     console = Console(
         record=True,
         width=SVG_COLUMNS,
@@ -127,7 +127,7 @@ def _header(picture: Picture, width: int) -> RenderableType:
     left.add_row(Text("console", "dim"), Text(f"{picture.http_url}/console", "bold underline"))
     left.add_row(Text("kafka", "dim"), Text(picture.kafka))
     left.add_row(Text("postgres", "dim"), Text(picture.database))
-    if picture.read_token and width >= TOKENS_COLUMNS_MIN:
+    if picture.admin_token and width >= TOKENS_COLUMNS_MIN:
         left.add_row(Text("token", "dim"), Text(picture.admin_token, no_wrap=True))
     else:
         left.add_row(Text("api", "dim"), Text(f"{picture.http_url}/openapi.json"))

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from workers.up.live import change_line
-from workers.up.stack_file import Stack
+from workers.up.reach import address_of
+from workers.up.stack_file import Stack, stack_path
 from workers.up.watch import Change
 
 LINES_QUEUED_MAX = 2000
 # More changes a second than anybody can read are counted instead of printed.
 CHANGES_A_SECOND_MAX = 25
 FLUSH_SECONDS = 1.0
+SECRETS = ("read_token", "admin_token", "stripe_webhook_secret", "database_url")
 
 
 class Output:
@@ -61,21 +63,35 @@ class Output:
             return
         written.wait(FLUSH_SECONDS)
 
-    def ready(self, stack: Stack, seconds: float, logs: Path) -> None:
-        """Tell addresses, tokens, logs and what to try next."""
+    def ready(
+        self, stack: Stack, seconds: float, *, home: Path, secrets_shown: frozenset[str]
+    ) -> None:
+        """Tell addresses, logs and what to try next; of tokens and secrets only those named in `secrets_shown`.
+
+        Those are the ones that were made here, where only this machine can reach them. The others their owner knows,
+        or finds in stack.json, which not everybody can read who reads this.
+        """
         command = credits_command()
-        told = asdict(stack)
+        told = {
+            name: value
+            for name, value in asdict(stack).items()
+            if name not in SECRETS or name in secrets_shown
+        }
+        told["database"] = address_of(stack.database_url)
+        elsewhere = f"as set, or in {stack_path(home)}"
+        secret = {name: told.get(name, elsewhere) for name in SECRETS}
         lines = [
             f"Ready in {seconds:.1f} s",
             "",
             f"  console         {stack.http_url}/console",
             f"  interface       {stack.http_url}/openapi.json",
-            f"  read token      {stack.read_token}",
-            f"  admin token     {stack.admin_token}",
-            f"  webhook secret  {stack.stripe_webhook_secret}",
-            f"  database        {stack.database_url}",
+            f"  read token      {secret['read_token']}",
+            f"  admin token     {secret['admin_token']}",
+            f"  webhook secret  {secret['stripe_webhook_secret']}",
+            f"  database        {told['database']}",
             f"  kafka           {stack.kafka_bootstrap}",
-            f"  logs            {logs}/worker.log, gateway.log",
+            f"  all of it       {stack_path(home)}",
+            f"  logs            {home}/logs/worker.log, gateway.log",
             "",
             f"  try             {command} balance user:ada",
             f"                  {command} entries user:ada",

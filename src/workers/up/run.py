@@ -69,11 +69,17 @@ async def _run(settings: Settings, options: Options, output: Output) -> int:
     try:
         if not await _unless(stop, supervisor.start()):
             return 0
-        output.ready(supervisor.stack, time.monotonic() - begun, supervisor.home / "logs")
+        output.ready(
+            supervisor.stack,
+            time.monotonic() - begun,
+            home=supervisor.home,
+            secrets_shown=supervisor.secrets_shown,
+        )
         await _unless(stop, _both(supervisor.watch(), _show(supervisor, options, output)))
     finally:
         output.show_on(None)
-        output.say("Stopping")
+        tell = output.say if supervisor.has_begun else _silent
+        tell("Stopping")
         stopping = time.monotonic()
         try:
             await asyncio.wait_for(supervisor.stop(), STOP_SECONDS_MAX)
@@ -81,7 +87,7 @@ async def _run(settings: Settings, options: Options, output: Output) -> int:
             output.say("Something does not stop in time; it is cut off as this process ends")
             output.close()
             os._exit(1)
-        output.say(f"Stopped in {time.monotonic() - stopping:.1f} s; nothing is left running")
+        tell(f"Stopped in {time.monotonic() - stopping:.1f} s; nothing is left running")
     return 0
 
 
@@ -127,6 +133,8 @@ async def _show(supervisor: Supervisor, options: Options, output: Output) -> Non
             count_dead_letters=count,
             on_change=None if on_screen else output.change,
         )
+        if "admin_token" not in supervisor.secrets_shown:
+            watcher.picture.admin_token = ""
         try:
             await watcher.start()
             async with _screen(watcher.picture, output) if on_screen else contextlib.nullcontext():
@@ -223,6 +231,10 @@ async def _dead_letter_count(stack: Stack) -> AsyncIterator[Callable[[], Awaitab
     finally:
         if pool is not None:
             pool.terminate()
+
+
+def _silent(_sentence: str) -> None:
+    pass
 
 
 def _hint() -> str:

@@ -83,6 +83,23 @@ class Supervisor:
             pids={**pids, **self._addresses.pids},
         )
 
+    @property
+    def secrets_shown(self) -> frozenset[str]:
+        """Names of the secrets that may be printed: made here, and of no use from another machine."""
+        if not _is_loopback(self.settings.http_host):
+            return frozenset()
+        made = {
+            "read_token": not self.settings.reader_tokens,
+            "admin_token": not self.settings.administrator_tokens,
+            "stripe_webhook_secret": not self.settings.webhook_secrets,
+        }
+        return frozenset(name for name, is_made in made.items() if is_made)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has been started that has to be stopped."""
+        return self._addresses is not None
+
     async def start(self) -> None:
         """Start everything and wait until it is ready.
 
@@ -354,6 +371,10 @@ async def in_thread(function: Callable[[], T]) -> T:
 
 def _first(values: tuple[str, ...]) -> str | None:
     return values[0] if values else None
+
+
+def _is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -73,7 +73,6 @@ class Picture:
     http_url: str
     kafka: str
     database: str
-    read_token: str = ""
     admin_token: str = ""
     started_at: float = field(default_factory=time.monotonic)
     ready: bool = True
@@ -95,7 +94,6 @@ class Picture:
             http_url=stack.http_url,
             kafka=stack.kafka_bootstrap,
             database=stack.database_url.rpartition("@")[2].partition("?")[0],
-            read_token=stack.read_token,
             admin_token=stack.admin_token,
         )
 
