@@ -1,0 +1,1 @@
+"""Records in, commands out: what each source makes of what it is sent."""
