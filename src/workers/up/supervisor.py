@@ -136,7 +136,10 @@ class Supervisor:
         raise StackError("the supervision of a process ended by itself")  # pragma: no cover
 
     async def stop(self) -> None:
-        """Stop everything in order and take ``stack.json`` away. Bounded by 8 + 18 seconds; safe to call again."""
+        """Stop everything in order and take ``stack.json`` away; safe to call again.
+
+        Raises TimeoutError when the servers do not stop: after at most 8 + 18 seconds.
+        """
         self._ready = False
         remove_stack(self.home)
         for task in self._tasks:
@@ -146,10 +149,7 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         if self._servers is not None:
-            try:
-                await asyncio.wait_for(in_thread(self._servers.stop), SERVERS_STOP_SECONDS)
-            except TimeoutError:
-                self._say("The servers do not end in time; they are killed as this process ends")
+            await asyncio.wait_for(in_thread(self._servers.stop), SERVERS_STOP_SECONDS)
 
     async def _lay_out(self) -> None:
         """Bring the schema up to date and create what topics are missing."""
