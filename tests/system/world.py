@@ -48,7 +48,7 @@ READER = "reader-token"
 SOURCE = "tests"
 # Far beyond what anything takes here: a deadline is reached by what never happens, not by a slow machine.
 PATIENCE_SECONDS = 90.0
-REQUEST_BYTES_MAX = 10 * 1024 * 1024
+REQUEST_BYTES_MAX, BATCH_BYTES_MAX = 10 * 1024 * 1024, 1024 * 1024
 
 BOOKING, GENERATION, ACCOUNT, STRIPE = (
     "booking.events",
@@ -318,6 +318,7 @@ class World:
                 AIOKafkaProducer(
                     bootstrap_servers=servers.kafka_bootstrap,
                     max_request_size=REQUEST_BYTES_MAX,
+                    max_batch_size=BATCH_BYTES_MAX,
                     enable_idempotence=True,
                 )
             )
@@ -451,6 +452,25 @@ class World:
             timestamp_ms=timestamp_ms,
         )
         return Place(topic, sent.partition, sent.offset)
+
+    async def publish_together(
+        self,
+        topic: str,
+        records: Sequence[tuple[bytes | None, Headers]],
+        *,
+        partition: int,
+        producer: AIOKafkaProducer | None = None,
+    ) -> list[Place]:
+        """Publish records as one Kafka batch, which a worker therefore gets in one piece; where they are."""
+        sender = producer or self._producer
+        batch = sender.create_batch()
+        for value, headers in records:
+            added = batch.append(key=b"k", value=value, timestamp=None, headers=list(headers))
+            assert added is not None, "the batch is full"
+        sent = await (
+            await sender.send_batch(batch, self.settings.topic(topic), partition=partition)
+        )
+        return [Place(topic, partition, sent.offset + index) for index in range(len(records))]
 
     @contextlib.asynccontextmanager
     async def producer(self, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
@@ -650,25 +670,35 @@ class World:
         assert not [place for place, count in places.items() if count > 1]
         return {letter.place: letter for letter in letters}
 
-    async def committed(self, topic: str) -> dict[int, int]:
-        """The group's committed offset of each partition that has one."""
-        found = await self.admin.list_consumer_group_offsets(self._group(topic))
-        return {
-            partition.partition: told.offset
-            for partition, told in found.items()
-            if told.offset >= 0
-        }
+    async def committed(self, *topics: str) -> dict[tuple[str, int], int]:
+        """The groups' committed offset of each partition that has one."""
+        offsets = {}
+        for topic in topics:
+            found = await self.admin.list_consumer_group_offsets(self._group(topic))
+            offsets |= {(topic, at.partition): told.offset for at, told in found.items()}
+        return {at: offset for at, offset in offsets.items() if offset >= 0}
 
-    async def ends(self, *topics: str) -> dict[tuple[str, int], int]:
-        """Where each partition of these topics ends."""
+    async def caught_up(self, *topics: str) -> None:
+        """Wait until everything on these topics is committed."""
+        ends = {at: end for at, end in (await self.ends(*topics)).items() if end}
+
+        async def reached() -> bool:
+            committed = await self.committed(*topics)
+            return all(committed.get(at, 0) >= end for at, end in ends.items())
+
+        await eventually(reached)
+
+    async def ends(self, *topics: str, partitions: int | None = None) -> dict[tuple[str, int], int]:
+        """Where each partition of these topics ends: the offset that the next record will have."""
         consumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka_bootstrap)
         async with consumer:
-            partitions = [
-                TopicPartition(self.settings.topic(topic), number)
-                for topic in topics
-                for number in range(self.settings.partitions)
-            ]
-            ends = await consumer.end_offsets(partitions)
+            ends = await consumer.end_offsets(
+                [
+                    TopicPartition(self.settings.topic(topic), number)
+                    for topic in topics
+                    for number in range(partitions or self.settings.partitions)
+                ]
+            )
         prefix = self.settings.topic_prefix
         return {(at.topic.removeprefix(prefix), at.partition): end for at, end in ends.items()}
 
@@ -705,6 +735,11 @@ class World:
         new = NewTopic(name=name, num_partitions=1, replication_factor=1, topic_configs=options)
         await self.admin.create_topics([new])
 
+    async def fingerprint(self) -> dict[str, str]:
+        """A digest of each table that holds what the ledger knows, empty for an empty one."""
+        query = "SELECT coalesce(md5(string_agg(t::text, '|' ORDER BY t::text)), '') FROM {} t"
+        return {table: await self.database.fetchval(query.format(table)) for table in TABLES}
+
     async def check_books(self) -> None:
         """The invariants of the ledger, over everything that this deployment has ever done."""
         for claim, query in BOOKS.items():
@@ -726,6 +761,11 @@ class World:
         assert set(published) <= recorded
 
 
+TABLES = (
+    "accounts", "lots", "entries", "commands", "generations", "bookings", "purchases", "identities", "usage_days",
+    "dead_letters", "outbox",
+    "(SELECT topic, partition, kafka_offset, record_hash FROM parked)",  # what waits is tried again all the time
+)  # fmt: skip
 # What must hold of the tables at any moment: each query finds the exceptions.
 BOOKS = {
     "an account's totals are those of its last entry": """
