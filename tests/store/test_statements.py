@@ -1,0 +1,182 @@
+"""The number of statements of a batch does not depend on its size, nor on how many accounts it touches.
+
+Counted on the wire, by a proxy that reads what the worker sends: every Parse, Execute and simple Query, with its
+text. The first batches of a connection also prepare their statements; they are let pass before counting.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import asyncpg
+import pytest
+
+from workers.batch import Ledger
+from workers.store.database import open_pool
+from workers.store.set_aside import Work
+
+from .kit import (
+    adjust,
+    book,
+    cancel,
+    complete,
+    event,
+    grant,
+    ledger_over,
+    pack,
+    record,
+    register,
+    request,
+)
+from .wire import Proxy, proxy_to
+
+# What a batch may cost. A statement more is a round trip more for every batch: raise this knowingly.
+STATEMENTS_MAX = 40
+
+
+@pytest.fixture
+async def counted(database_url: str) -> AsyncIterator[tuple[Proxy, Ledger]]:
+    """A ledger with one connection, and the proxy that counts what it sends."""
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(proxy.url, size_max=1, name="tests") as pool,
+    ):
+        yield proxy, ledger_over(pool)
+
+
+async def cost(proxy: Proxy, ledger: Ledger, works: Sequence[Work]) -> tuple[list[str], int]:
+    """What applying a batch sends: the statements in order, and how often the worker waits."""
+    proxy.forget()
+    await ledger.apply(works)
+    return list(proxy.statements), proxy.round_trips
+
+
+def people(units: int, name: str) -> list[Work]:
+    """What a unit of `lives` finds: two rich accounts, an open hold, a booking."""
+    return [
+        work
+        for number in range(units)
+        for work in (
+            grant(f"{name}{number}", 1000),
+            grant(f"p{name}{number}", 1000),
+            request(f"old-{name}{number}", f"{name}{number}"),
+            book(f"old-{name}{number}", f"{name}{number}", f"p{name}{number}", 5),
+        )
+    ]
+
+
+def lives(units: int, name: str) -> list[Work]:
+    """Five commands a unit: a sign-up with a link, a hold, a capture, a booking, a cancellation."""
+    return [
+        work
+        for number in range(units)
+        for work in (
+            event(
+                "user.created",
+                user_id=f"new-{name}{number}",
+                external_ids={"auth0": f"x-{name}{number}"},
+            ),
+            request(f"new-{name}{number}", f"{name}{number}"),
+            complete(f"old-{name}{number}", f"{name}{number}"),
+            book(f"new-{name}{number}", f"{name}{number}", f"p{name}{number}", 5),
+            cancel(f"old-{name}{number}"),
+        )
+    ]
+
+
+def troubles(units: int, name: str) -> list[Work]:
+    """Five records a unit, none of which is applied: refused, repeated, malformed, waiting, of no concern."""
+    repeated = request(f"poor-{name}", f"poor-{name}")
+    return [
+        work
+        for number in range(units)
+        for work in (
+            request(f"poor-{name}{number}", f"poor-{name}{number}"),
+            repeated,
+            record("booking.events", b"{", {}),
+            pack(f"cs-{name}{number}", f"cus-{name}{number}"),
+            event("session.started", number=number),
+        )
+    ]
+
+
+@pytest.mark.parametrize("batch", [lives, troubles])
+async def test_a_batch_of_five_hundred_costs_as_much_as_one_of_five(
+    counted: tuple[Proxy, Ledger], batch: Callable[[int, str], list[Work]]
+) -> None:
+    """The same statements in the same order, and as many round trips, for 5 records and for 500."""
+    proxy, ledger = counted
+    for units, name in ((1, "a"), (1, "b"), (100, "c")):
+        await ledger.apply(people(units, name))
+    await ledger.apply(batch(1, "a"))
+
+    small, small_trips = await cost(proxy, ledger, batch(1, "b"))
+    large, large_trips = await cost(proxy, ledger, batch(100, "c"))
+
+    assert small == large
+    assert small_trips == large_trips
+    assert 10 < len(small) <= STATEMENTS_MAX
+    assert not any(statement.startswith("PREPARE") for statement in small)
+
+
+async def test_five_hundred_accounts_cost_as_much_as_one(counted: tuple[Proxy, Ledger]) -> None:
+    """Where the credits are does not matter: one hot account or five hundred cold ones."""
+    proxy, ledger = counted
+    await ledger.apply([grant(f"u{number}", 10_000) for number in range(500)])
+    spends = [adjust("u0", -1) for _ in range(500)]
+    await ledger.apply(spends[:1])
+
+    one, one_trips = await cost(proxy, ledger, [adjust("u0", -1) for _ in range(500)])
+    many, many_trips = await cost(
+        proxy, ledger, [adjust(f"u{number}", -1) for number in range(500)]
+    )
+
+    assert one == many
+    assert one_trips == many_trips
+
+
+async def test_settling_a_hundred_accounts_costs_as_much_as_settling_one(
+    counted: tuple[Proxy, Ledger], owner: asyncpg.Connection
+) -> None:
+    """What time has done is written like everything else: by set, not by account."""
+    proxy, ledger = counted
+    costs = []
+    for units, name in ((1, "a"), (1, "b"), (100, "c")):
+        users = [f"{name}{number}" for number in range(units)]
+        await ledger.apply([register(user) for user in users])
+        await ledger.apply([grant(user, 100) for user in users])
+        await ledger.apply([request(f"g-{user}", user) for user in users])
+        await owner.execute(
+            "UPDATE generations SET deadline_at = now() - interval '1 s' WHERE state = 'held'"
+        )
+        proxy.forget()
+        report = await ledger.settle(1000)
+        costs.append((list(proxy.statements), proxy.round_trips))
+
+        assert report is not None
+        assert report.entries == units
+
+    assert costs[1] == costs[2]
+
+
+async def test_records_of_no_command_lock_nothing(counted: tuple[Proxy, Ledger]) -> None:
+    """A batch of nothing but dead letters touches no account: it writes them and commits."""
+    proxy, ledger = counted
+    batch = [record("booking.events", b"{", {}) for _ in range(5)]
+    await ledger.apply(batch[:1])
+
+    statements, _ = await cost(proxy, ledger, batch)
+
+    assert not any("accounts" in statement for statement in statements)
+
+
+async def test_the_count_sees_a_statement_for_each_record(counted: tuple[Proxy, Ledger]) -> None:
+    """The proof can fail: records applied one by one send so many times as much, and the proxy sees it."""
+    proxy, ledger = counted
+    await ledger.apply([grant("u0", 10_000), adjust("u0", -1)])
+    await ledger.apply([adjust("u0", -1)])
+    single, _ = await cost(proxy, ledger, [adjust("u0", -1)])
+
+    proxy.forget()
+    for _ in range(5):
+        await ledger.apply([adjust("u0", -1)])
+
+    assert len(proxy.statements) == 5 * len(single)
