@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The supervisor's own bounds come before; past this the process ends, and with it every pipe that its children
 # and the servers' guardians watch, so that they end themselves.
 STOP_SECONDS_MAX = 28.0
-PICTURE_TRICKLE_SECONDS = 3.0
+PICTURE_TRICKLE_SECONDS = 1.5
 SCREEN_CLOSE_SECONDS = 2.0
 COUNT_SECONDS_MAX = 2.0
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -201,21 +202,24 @@ class Watcher:
         while True:
             begun = loop.time()
             try:
-                batches = await consumer.getmany(timeout_ms=250, max_records=RECORDS_A_POLL)
+                taken = await self._take_some(consumer)
             except KafkaError:
                 await asyncio.sleep(AWAY_SECONDS)  # the client reconnects by itself
                 continue
-            taken = 0
-            for partition, records in batches.items():
-                taken += len(records)
-                for record in records:
-                    self._take(record)
-                await self._catch_up(consumer, partition)
             if taken:
                 async with self._moved:
                     self._moved.notify_all()
             if taken == RECORDS_A_POLL:
                 await asyncio.sleep(max(0.0, POLL_SECONDS - (loop.time() - begun)))
+
+    async def _take_some(self, consumer: AIOKafkaConsumer) -> int:
+        """Apply what has arrived; returns how many records that was."""
+        batches = await consumer.getmany(timeout_ms=250, max_records=RECORDS_A_POLL)
+        for partition, records in batches.items():
+            for record in records:
+                self._take(record)
+            await self._catch_up(consumer, partition)
+        return sum(map(len, batches.values()))
 
     def _take(self, record: "ConsumerRecord[bytes, bytes]") -> None:
         """Apply one message of the stream; what cannot be read is passed over, as it must not stop a view."""
@@ -335,7 +339,7 @@ class Watcher:
 
     async def _read_account(self, owner: str) -> None:
         try:
-            response = await self._client.get(f"/v1/accounts/{owner}")
+            response = await self._client.get(f"/v1/accounts/{quote(owner, safe=':')}")
             told = response.json() if response.status_code == 200 else None
         except (httpx.HTTPError, ValueError):
             self._to_read[owner] = None
