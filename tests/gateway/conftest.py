@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -29,6 +30,9 @@ NOBODY_LISTENS = "127.0.0.1:9"
 
 
 def settings_for(**given: Any) -> Settings:
+    """Settings with two webhook secrets and known tokens, whose servers are away unless `given`
+    says otherwise.
+    """
     told = {
         "database_url": f"postgresql://nobody@{NOBODY_LISTENS}/none",
         "kafka_bootstrap": NOBODY_LISTENS,
@@ -83,6 +87,8 @@ class Door:
         self._target = target.rsplit(":", 1)
         self._server: asyncio.Server | None = None
         self._through: set[asyncio.Task[None]] = set()
+        self._passing = asyncio.Event()
+        self._passing.set()
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -95,13 +101,16 @@ class Door:
 
     @property
     def address(self) -> str:
+        """Where the door is, as `host:port`; the same port each time that it opens."""
         return f"127.0.0.1:{self.port}"
 
     async def open(self) -> None:
+        """Let connections through from now on."""
         self._server = await asyncio.start_server(self._pass, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
+        """Refuse new connections, and cut those that are through."""
         if self._server is not None:
             self._server.close()
             for task in self._through:
@@ -110,6 +119,14 @@ class Door:
                 await asyncio.wait(self._through)
             self._server = None
 
+    def hang(self) -> None:
+        """Keep every connection and pass nothing on, as a server does whose machine has stopped."""
+        self._passing.clear()
+
+    def resume(self) -> None:
+        """Pass on what was held back."""
+        self._passing.set()
+
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -117,7 +134,7 @@ class Door:
         far_writer: asyncio.StreamWriter | None = None
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
-            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
         except (OSError, asyncio.CancelledError):
             pass
         finally:
@@ -126,12 +143,12 @@ class Door:
             if far_writer is not None:
                 far_writer.close()
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65_536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            await self._passing.wait()
+            writer.write(data)
+            await writer.drain()
+        writer.close()
 
 
 def event(**fields: Any) -> bytes:
@@ -143,6 +160,7 @@ def event(**fields: Any) -> bytes:
 def signed(
     body: bytes, *, secret: str = SECRET, age_seconds: int = 0, scheme: str = "v1"
 ) -> dict[str, str]:
+    """The header that Stripe would send with this body, now or `age_seconds` ago."""
     timestamp = int(time.time()) - age_seconds
     header = WebhookSignature.generate_signature_header(body.decode(), secret, timestamp)
     return {"stripe-signature": header.replace("v1=", f"{scheme}=")}
@@ -166,6 +184,7 @@ class Tools:
 
 @pytest.fixture(scope="session")
 def tools() -> Tools:
+    """What cannot be imported from this file, handed to the tests as one object."""
     return Tools()
 
 
@@ -211,6 +230,15 @@ async def topic_records(
         yield read
     finally:
         await consumer.stop()
+
+
+@pytest.fixture
+async def database_door(database_url: str) -> AsyncIterator[tuple[Door, str]]:
+    """A closed door to the database, and the database's address through it."""
+    address = urlsplit(database_url)
+    login = address.netloc.rpartition("@")[0]
+    async with Door(f"{address.hostname}:{address.port}") as door:
+        yield door, address._replace(netloc=f"{login}@{door.address}").geturl()
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from aiokafka import ConsumerRecord
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 
 from workers.embedded import Servers
+from workers.gateway import connections, webhook
 from workers.settings import Settings
 
 PATH = "/webhooks/stripe"
@@ -21,6 +22,9 @@ Records = Callable[[int], Awaitable[list[ConsumerRecord]]]
 async def test_a_signed_webhook_lands_byte_for_byte_with_its_signature_and_key(
     webhooks: httpx.AsyncClient, topic_records: Records, tools: Any
 ) -> None:
+    """The record has the body's exact bytes and the header as received, keyed by the customer
+    wherever the event names one, else by its id.
+    """
     tables: list[tuple[str | None, dict[str, Any]]] = [
         ("cus_1", {"data": {"object": {"object": "invoice", "customer": "cus_1"}}}),
         ("cus_2", {"data": {"object": {"object": "invoice", "customer": {"id": "cus_2"}}}}),
@@ -42,8 +46,8 @@ async def test_a_signed_webhook_lands_byte_for_byte_with_its_signature_and_key(
         sent[body] = ((key or json.loads(body)["id"]).encode(), headers["stripe-signature"])
 
     for record in await topic_records(len(tables)):
-        key, header = sent.pop(record.value)
-        assert record.key == key
+        record_key, header = sent.pop(record.value)
+        assert record.key == record_key
         assert list(record.headers) == [("stripe-signature", header.encode())]
     assert not sent
 
@@ -51,6 +55,7 @@ async def test_a_signed_webhook_lands_byte_for_byte_with_its_signature_and_key(
 async def test_during_a_rotation_both_secrets_are_taken(
     webhooks: httpx.AsyncClient, tools: Any
 ) -> None:
+    """A body signed with the old secret is taken like one signed with the new."""
     body = tools.event()
     for secret in (tools.secret, tools.old_secret):
         headers = tools.signed(body, secret=secret)
@@ -60,6 +65,9 @@ async def test_during_a_rotation_both_secrets_are_taken(
 async def test_what_stripe_did_not_sign_is_refused_and_never_reaches_the_topic(
     webhooks: httpx.AsyncClient, topic_records: Records, tools: Any
 ) -> None:
+    """Unsigned, altered, stale and unreadable bodies get a 400 that quotes nothing of them, and the
+    next record is the next good one.
+    """
     body = tools.event(amount=1, note="Grüße")
     good = tools.signed(body)
     forged = {"stripe-signature": good["stripe-signature"][:-4] + "0000"}
@@ -101,6 +109,7 @@ async def test_what_stripe_did_not_sign_is_refused_and_never_reaches_the_topic(
 
 
 async def test_without_configured_secrets_nothing_is_taken(tools: Any) -> None:
+    """A deployment without secrets refuses every webhook and names the variable that is missing."""
     body = tools.event()
     async with tools.running(tools.settings(stripe_webhook_secrets=None)) as client:
         response = await client.post(PATH, content=body, headers=tools.signed(body))
@@ -111,6 +120,9 @@ async def test_without_configured_secrets_nothing_is_taken(tools: Any) -> None:
 async def test_a_body_up_to_the_limit_is_taken_and_beyond_it_refused_even_without_a_length(
     webhooks: httpx.AsyncClient, kafka_settings: Settings, topic_records: Records, tools: Any
 ) -> None:
+    """The limit holds to the byte, with a declared length and in chunks, and a sender far beyond it
+    still hears 413.
+    """
     limit = kafka_settings.webhook_bytes_max
     empty = len(tools.event(note=""))
     largest = tools.event(note="x" * (limit - empty))
@@ -131,7 +143,22 @@ async def test_a_body_up_to_the_limit_is_taken_and_beyond_it_refused_even_withou
     assert [record.value for record in await topic_records(2)] == [largest, largest]
 
 
+async def test_a_body_that_does_not_arrive_ends_the_connection(
+    webhooks: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender that stops in the middle hears 408 at the deadline and is hung up on."""
+    monkeypatch.setattr(webhook, "BODY_SECONDS_MAX", 0.1)
+    reader, writer = await asyncio.open_connection(webhooks.base_url.host, webhooks.base_url.port)
+    writer.write(b"POST /webhooks/stripe HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{")
+    async with asyncio.timeout(3):
+        answer = await reader.read()  # to its end: the gateway hangs up
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"too_slow"' in answer
+    writer.close()
+
+
 async def test_only_post_is_answered(webhooks: httpx.AsyncClient) -> None:
+    """Another method gets 405 and the one that is allowed."""
     response = await webhooks.get(PATH)
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
@@ -141,6 +168,9 @@ async def test_only_post_is_answered(webhooks: httpx.AsyncClient) -> None:
 async def test_a_gateway_that_starts_before_the_broker_refuses_until_it_is_there(
     kafka_settings: Settings, topic_records: Records, tools: Any
 ) -> None:
+    """A webhook gets 503 and a time to try again while the broker is away, and lands once it is
+    there.
+    """
     body = tools.event()
     async with tools.door(kafka_settings.kafka_bootstrap) as door:
         settings = kafka_settings.model_copy(update={"kafka_bootstrap": door.address})
@@ -163,6 +193,9 @@ async def test_a_gateway_that_starts_before_the_broker_refuses_until_it_is_there
 async def test_a_broker_that_stops_answering_means_503_and_no_restart_afterwards(
     kafka_settings: Settings, servers: Servers, tools: Any
 ) -> None:
+    """Webhooks in flight get 503 at their deadline, later ones at once, and the same process takes
+    them again when the broker wakes.
+    """
     if not servers.kafka_pid:
         pytest.skip("the broker is not ours to stop")
     async with tools.running(kafka_settings, delivery_seconds=1.0) as client:
@@ -184,3 +217,50 @@ async def test_a_broker_that_stops_answering_means_503_and_no_restart_afterwards
         finally:
             os.kill(servers.kafka_pid, signal.SIGCONT)
         await tools.eventually(send, 200)
+
+
+async def test_a_broker_that_stops_answering_leaves_no_connection_behind(
+    kafka_settings: Settings, servers: Servers, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer given up with answers outstanding is closed all the same: one client of Kafka
+    before, one after.
+    """
+    if not servers.kafka_pid:
+        pytest.skip("the broker is not ours to stop")
+    # Answers are awaited for half of the delivery's time: beyond the time that closing has.
+    monkeypatch.setattr(connections, "CLOSE_SECONDS", 1.0)
+    close, closed = connections._close_producer, asyncio.Event()
+
+    async def close_and_tell(producer: AIOKafkaProducer) -> None:
+        await close(producer)
+        closed.set()
+
+    monkeypatch.setattr(connections, "_close_producer", close_and_tell)
+    others = _clients()
+    async with tools.running(kafka_settings, delivery_seconds=2.0) as client:
+
+        async def send() -> httpx.Response:
+            body = tools.event()
+            response: httpx.Response = await client.post(
+                PATH, content=body, headers=tools.signed(body)
+            )
+            return response
+
+        await tools.eventually(send, 200)
+        assert _clients() == others + 1
+        os.kill(servers.kafka_pid, signal.SIGSTOP)
+        try:
+            assert (await send()).status_code == 503
+            async with asyncio.timeout(10):
+                await closed.wait()
+        finally:
+            os.kill(servers.kafka_pid, signal.SIGCONT)
+        await tools.eventually(send, 200)
+        assert _clients() == others + 1
+
+
+def _clients() -> int:
+    """Clients of Kafka in this process: each has a task that keeps its picture of the cluster
+    fresh.
+    """
+    return sum("_md_synchronizer" in repr(task.get_coro()) for task in asyncio.all_tasks())

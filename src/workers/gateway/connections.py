@@ -7,7 +7,7 @@ once; nobody waits for a server in a request.
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -21,6 +21,7 @@ from workers.telemetry import PUBLISH_FAILURES, PUBLISHED, describe_error
 log = structlog.get_logger()
 
 Connection = TypeVar("Connection")
+Answer = TypeVar("Answer")
 
 OPEN_SECONDS = 15.0
 RETRY_SECONDS_MIN = 0.1
@@ -38,6 +39,28 @@ class Away(Exception):  # noqa: N818 - a state of the server, said in the vocabu
     def __init__(self, server: str) -> None:
         super().__init__(f"{server} is away")
         self.server = server
+
+
+async def within(seconds: float, answer: Awaitable[Answer]) -> Answer:
+    """The answer, or TimeoutError when it is late.
+
+    What is late is cancelled, but not waited for: against a server that hangs, a query ends only with its own
+    time limit, however early it was cancelled.
+    """
+    asked = asyncio.ensure_future(answer)
+    try:
+        done, _ = await asyncio.wait([asked], timeout=seconds)
+        if not done:
+            raise TimeoutError
+        return asked.result()
+    finally:
+        if asked.cancel():
+            asked.add_done_callback(_nobody_listens)
+
+
+def _nobody_listens(late: asyncio.Future[Any]) -> None:
+    if not late.cancelled():
+        late.exception()
 
 
 class Late(Generic[Connection]):
@@ -83,7 +106,7 @@ class Late(Generic[Connection]):
             self._keeper.cancel()
             await asyncio.wait([self._keeper])
         if self._current is not None:
-            await self._close(self._current)
+            await self._let_go(self._current)
             self._current = None
 
     async def _keep(self) -> None:
@@ -94,7 +117,13 @@ class Late(Generic[Connection]):
             log.info("server_reached", server=self.server)
             await self._broken.wait()
             log.warning("connection_given_up", server=self.server)
+            await self._let_go(connection)
+
+    async def _let_go(self, connection: Connection) -> None:
+        try:
             await self._close(connection)
+        except Exception as error:  # whatever it is, the next connection must not wait for it
+            log.warning("connection_not_closed", server=self.server, error=describe_error(error))
 
     async def _opened(self) -> Connection:
         attempts = 0
@@ -212,9 +241,10 @@ async def _close_producer(producer: AIOKafkaProducer) -> None:
         async with asyncio.timeout(CLOSE_SECONDS / 2):
             await producer.stop()
     except (TimeoutError, KafkaError):
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS / 2):
-                await producer._sender.close()  # noqa: SLF001 - the library has no way to stop without a flush
-                await producer.client.close()
-        except (TimeoutError, KafkaError):
-            log.warning("producer_left_open")
+        # The sender waits for every answer that it still expects; that must not keep its connections open.
+        for close in (producer._sender.close, producer.client.close):  # noqa: SLF001 - there is no other way
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS / 4):
+                    await close()
+            except (TimeoutError, KafkaError) as error:
+                log.warning("producer_not_ended", error=describe_error(error))

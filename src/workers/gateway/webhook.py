@@ -113,7 +113,11 @@ async def _body(request: Request, bytes_max: int) -> bytes:
                 elif received_bytes > bytes_max + DISCARDED_BYTES_MAX:
                     break
     except TimeoutError as error:
-        raise Problem(408, "too_slow", "the body did not arrive in time") from error
+        # The rest may come for ever: without hanging up it would be read and thrown away for as long.
+        hang_up = {"connection": "close"}
+        raise Problem(
+            408, "too_slow", "the body did not arrive in time", headers=hang_up
+        ) from error
     except ClientDisconnect as error:
         raise Problem(400, "unreadable", "the body broke off") from error
     if received_bytes > bytes_max:
