@@ -1,5 +1,6 @@
 """What a token may read: accounts, journal, lots, holds, and what became of an event."""
 
+import asyncio
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,8 +11,8 @@ import asyncpg
 import httpx
 import pytest
 
+from workers.gateway import accounts
 from workers.messages.outbound import CreditChanged
-from workers.settings import Settings
 
 START = datetime(2026, 11, 1, 12, 0, 0, 12_000, tzinfo=UTC)
 SOON = datetime.now(UTC) + timedelta(days=1)
@@ -26,6 +27,7 @@ class Rows:
         self.connection = connection
 
     async def insert(self, table: str, **values: Any) -> None:
+        """One row of a table, with its other columns at their defaults."""
         names = ", ".join(values)
         marks = ", ".join(f"${number}" for number in range(1, len(values) + 1))
         await self.connection.execute(
@@ -33,10 +35,12 @@ class Rows:
         )
 
     async def account(self, account_id: str, **values: Any) -> None:
+        """An account with these columns, created and last changed at START."""
         moment = {"created_at": START, "updated_at": START}
         await self.insert("accounts", account_id=account_id, **{**moment, **values})
 
     async def lot(self, account_id: str, pool: str, remaining: int, **values: Any) -> UUID:
+        """A lot of this pool, open if something remains; returns its id."""
         lot_id = uuid4()
         told = {
             "granted": max(remaining, 1),
@@ -65,10 +69,11 @@ class Rows:
             account_id,
             version - 1,
         ) or (0, 0)
-        amount, held = (sum(move[index] for move in moves) for index in (1, 2))
+        amount = sum(credits for _, credits, _ in moves)
+        held = sum(credits for _, _, credits in moves)
         lots = [
-            {"lot_id": str(lot), "pool": "purchased", "amount": amount, "held": held}
-            for lot, amount, held in moves
+            {"lot_id": str(lot), "pool": "purchased", "amount": moved, "held": pinned}
+            for lot, moved, pinned in moves
         ]
         cause = {"source": "tests", "type": kind, "id": f"e{version}", "idempotency_key": "k"}
         moment = START + timedelta(minutes=version)
@@ -100,6 +105,7 @@ class Rows:
 
 @pytest.fixture
 async def rows(database_url: str) -> Any:
+    """A way to put rows into this test's database."""
     connection = await asyncpg.connect(database_url)
     yield Rows(connection)
     await connection.close()
@@ -108,6 +114,9 @@ async def rows(database_url: str) -> Any:
 async def test_an_account_shows_its_lots_in_consumption_order_and_hides_expired_credits(
     ledger: httpx.AsyncClient, rows: Rows
 ) -> None:
+    """Open lots come in the order of R3, used-up and others' lots not at all, and what is held or
+    past its expiry is not available.
+    """
     await rows.account(
         "user:u1", subscription=70, purchased=45, held=6, version=9, tier="pro", updated_at=START
     )
@@ -161,6 +170,9 @@ async def test_an_account_shows_its_lots_in_consumption_order_and_hides_expired_
 async def test_the_journal_comes_in_pages_and_each_entry_is_what_was_published(
     ledger: httpx.AsyncClient, rows: Rows
 ) -> None:
+    """A page names the version after which the next begins, the last one none, and an entry reads
+    like the data of `credit.changed`.
+    """
     await rows.account("user:u1", purchased=93, version=3)
     lot = await rows.lot("user:u1", "purchased", 93, granted=100)
     await rows.entry("user:u1", 1, "purchase", [(lot, 100, 0)])
@@ -211,6 +223,9 @@ async def test_the_journal_comes_in_pages_and_each_entry_is_what_was_published(
 async def test_a_past_moment_shows_totals_version_and_lots_of_then(
     ledger: httpx.AsyncClient, rows: Rows
 ) -> None:
+    """`at` answers from the entries up to that moment: nothing before the first, used-up lots while
+    they lasted, today's state now.
+    """
     await rows.account("user:u1", purchased=40, version=4, tier="pro")
     old = await rows.lot("user:u1", "purchased", 0, granted=60)
     new = await rows.lot("user:u1", "purchased", 40, granted=50, granted_version=2)
@@ -236,16 +251,35 @@ async def test_a_past_moment_shows_totals_version_and_lots_of_then(
     assert short(third) == (3, 110, 20, 90, [(str(old), 60, 20), (str(new), 50, 0)])
     assert third["updated_at"] == "2026-11-01T12:03:00.012000Z"
     assert short(await at(datetime.now(UTC))) == (4, 40, 0, 40, [(str(new), 40, 0)])
-    plus = await ledger.get("/v1/accounts/user:u1?at=2026-11-01T13:01:30+01:00")
-    assert plus.json()["version"] == 1
+    for moment in ("2026-11-01T13:01:30+01:00", "2026-11-01%2012:01:30Z"):
+        sent_as_typed = await ledger.get(f"/v1/accounts/user:u1?at={moment}")
+        assert sent_as_typed.json()["version"] == 1
+
+
+async def test_an_account_without_entries_is_as_old_as_the_moment_asked_for(
+    ledger: httpx.AsyncClient, rows: Rows
+) -> None:
+    """Even the first and the last moment that can be written come back as they were sent, with
+    their zone.
+    """
+    await rows.account("user:u1")
+    for moment in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"):
+        account = (await ledger.get("/v1/accounts/user:u1", params={"at": moment})).json()
+        assert (account["version"], account["updated_at"]) == (0, moment)
 
 
 async def test_a_moment_that_is_none_is_refused(ledger: httpx.AsyncClient) -> None:
+    """What is not an RFC 3339 time with an offset inside the calendar gets a 400 that names `at`, a
+    bare number included.
+    """
     for moment in (
         "yesterday",
         "2026-11-01T12:00:00",
         "2026-13-01T12:00:00Z",
         "0001-01-01T00:00:00+14:00",
+        "2026",  # not the 2026th second of 1970
+        "1795000000",
+        "-1",
         "",
     ):
         response = await ledger.get("/v1/accounts/user:u1", params={"at": moment})
@@ -256,6 +290,9 @@ async def test_a_moment_that_is_none_is_refused(ledger: httpx.AsyncClient) -> No
 async def test_an_owner_is_found_under_every_name_it_has(
     ledger: httpx.AsyncClient, rows: Rows
 ) -> None:
+    """Mapped ids, addresses, merged accounts and mirror organisations lead to the account that
+    holds the credits; all else is a 404.
+    """
     for account_id in ("user:u1", "user:b/c", "user:auth0|7", "org:o1", "user:email-taken"):
         await rows.account(account_id)
     for account_id, heir in (("user:old", "user:older"), ("user:older", "user:u1")):
@@ -298,6 +335,8 @@ async def test_an_owner_is_found_under_every_name_it_has(
         ("user:u1", "u1"),
         ("user:u1", "cus_1"),
         ("user:u1", "u1@example.com"),
+        ("user:u1", "U1@Example.com"),  # an address is kept in lower case
+        (None, "CUS_1"),
         ("user:u1", "legacy-1"),
         ("user:u1", "user:legacy-1"),
         ("user:u1", "legacy-2"),
@@ -327,6 +366,9 @@ async def test_an_owner_is_found_under_every_name_it_has(
 
 
 async def test_a_malformed_owner_is_the_callers_mistake(ledger: httpx.AsyncClient) -> None:
+    """Text that no id can be is refused with 400 on every route of an account, before the database
+    sees it.
+    """
     for owner in (
         "%00",
         "user:%00",
@@ -341,6 +383,8 @@ async def test_a_malformed_owner_is_the_callers_mistake(ledger: httpx.AsyncClien
         "a%0Ab",
         "%ED%A0%80",
         "user:a%7F",
+        "user:b%EE%80%80c",  # the character that stands for a slash inside
+        "user:b%EE%80%80c%2Fd",
     ):
         for rest in ("", "/entries", "/lots", "/holds"):
             response = await ledger.get(f"/v1/accounts/{owner}{rest}")
@@ -348,12 +392,18 @@ async def test_a_malformed_owner_is_the_callers_mistake(ledger: httpx.AsyncClien
 
 
 async def test_a_hostile_owner_is_only_an_unknown_one(ledger: httpx.AsyncClient) -> None:
+    """Ids that mean something to SQL, to paths or to templates are looked up like any other, and
+    not found.
+    """
     for owner in ("user:';DROP/**/TABLE/**/accounts;--", "user:%", "$1", "..;", "{owner}", "a\\b"):
         response = await ledger.get(f"/v1/accounts/{quote(owner, safe='')}")
         assert (response.status_code, response.json()["code"]) == (404, "unknown_owner")
 
 
 async def test_open_holds_are_listed_by_deadline(ledger: httpx.AsyncClient, rows: Rows) -> None:
+    """Held generations come with the lots that they are pinned to, the soonest deadline first;
+    ended ones are left out.
+    """
     await rows.account("user:u1", purchased=100, held=30)
     lot = str(uuid4())
     for generation_id, deadline in (("g2", LATER), ("g1", SOON)):
@@ -394,6 +444,9 @@ async def test_open_holds_are_listed_by_deadline(ledger: httpx.AsyncClient, rows
 async def test_a_publisher_finds_what_became_of_its_event(
     ledger: httpx.AsyncClient, rows: Rows
 ) -> None:
+    """A decided command answers before a waiting one, that before a dead letter, and the newest
+    dead letter before older ones.
+    """
     decided = {"fingerprint": b"", "transaction_id": uuid4(), "recorded_at": START}
     key = {"scope": "booking", "type": "booking.requested"}
     await rows.insert("commands", **key, key="b1", outcome="applied", **decided)
@@ -446,6 +499,9 @@ async def test_a_publisher_finds_what_became_of_its_event(
 
 
 async def test_a_wrong_parameter_is_named(ledger: httpx.AsyncClient) -> None:
+    """A missing, malformed or excessive parameter gets a problem document with status 400 that
+    names just this parameter.
+    """
     for parameter, path in (
         ("limit", "/v1/accounts/user:u1/entries?limit=0"),
         ("limit", "/v1/accounts/user:u1/entries?limit=1001"),
@@ -465,6 +521,9 @@ async def test_a_wrong_parameter_is_named(ledger: httpx.AsyncClient) -> None:
 async def test_only_known_bearer_tokens_read(
     ledger: httpx.AsyncClient, rows: Rows, tools: Any
 ) -> None:
+    """Each reader's and administrator's token opens every read; all else, a good token in the wrong
+    place too, gets 401 before anything is looked at.
+    """
     await rows.account("user:u1")
     matrix: list[tuple[int, str | None]] = [
         (200, f"Bearer {tools.reader}"),
@@ -498,32 +557,58 @@ async def test_only_known_bearer_tokens_read(
 
 
 async def test_without_configured_tokens_nobody_reads(tools: Any) -> None:
+    """A deployment without tokens answers 401 to everybody, to an empty token too."""
     async with tools.running(tools.settings(read_tokens=None, admin_tokens=None)) as client:
         for header in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer x"}):
             assert (await client.get("/v1/accounts/user:u1", headers=header)).status_code == 401
 
 
 async def test_without_the_database_reads_answer_503_and_recover(
-    database_url: str, rows: Rows, tools: Any
+    database_door: tuple[Any, str], rows: Rows, tools: Any
 ) -> None:
+    """A gateway that started before its database, or lost it, says when to try again, and reads by
+    itself once it is back.
+    """
     await rows.account("user:u1")
-    before, _, host = database_url.partition("@") if "@" in database_url else ("", "", "")
-    address, _, name = host.partition("/")
-    async with tools.door(address) as door:
-        settings: Settings = tools.settings(database_url=f"{before}@{door.address}/{name}")
-        async with tools.running(settings) as client:
-            client.headers["authorization"] = f"Bearer {tools.reader}"
+    door, address = database_door
+    async with tools.running(tools.settings(database_url=address)) as client:
+        client.headers["authorization"] = f"Bearer {tools.reader}"
 
-            async def read() -> httpx.Response:
-                response: httpx.Response = await client.get("/v1/accounts/user:u1")
-                return response
+        async def read() -> httpx.Response:
+            response: httpx.Response = await client.get("/v1/accounts/user:u1")
+            return response
 
-            response = await read()
-            assert (response.status_code, response.json()["code"]) == (503, "unavailable")
-            assert "retry-after" in response.headers
-            await door.open()
-            await tools.eventually(read, 200)
-            await door.close()  # cuts the connections that the pool holds
+        response = await read()
+        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+        assert "retry-after" in response.headers
+        await door.open()
+        await tools.eventually(read, 200)
+        await door.close()  # cuts the connections that the pool holds
+        assert (await read()).status_code == 503
+        await door.open()
+        await tools.eventually(read, 200)
+
+
+async def test_a_database_that_hangs_costs_a_reader_no_more_than_the_bound(
+    database_door: tuple[Any, str], rows: Rows, tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 503 comes at the read's own deadline although the query's cancellation hangs as well, and
+    reads go on afterwards.
+    """
+    await rows.account("user:u1")
+    door, address = database_door
+    await door.open()
+    async with tools.running(tools.settings(database_url=address)) as client:
+        client.headers["authorization"] = f"Bearer {tools.reader}"
+
+        async def read() -> httpx.Response:
+            response: httpx.Response = await client.get("/v1/accounts/user:u1")
+            return response
+
+        await tools.eventually(read, 200)
+        monkeypatch.setattr(accounts, "READ_SECONDS_MAX", 0.2)
+        door.hang()
+        async with asyncio.timeout(3):
             assert (await read()).status_code == 503
-            await door.open()
-            await tools.eventually(read, 200)
+        door.resume()
+        await tools.eventually(read, 200)

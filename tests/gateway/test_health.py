@@ -14,7 +14,9 @@ import structlog
 from aiokafka.admin import AIOKafkaAdminClient
 
 from workers.embedded import Servers
+from workers.gateway import health
 from workers.settings import INBOUND_TOPICS, Settings
+from workers.store import reads
 from workers.topics import ensure_topics
 
 BEAT = """
@@ -38,6 +40,9 @@ def whole(servers: Servers, database_url: str, topic_prefix: str, tools: Any) ->
 async def test_ready_is_said_only_while_topics_workers_and_database_are_there(
     whole: Settings, database_url: str, tools: Any
 ) -> None:
+    """Each thing that is missing, a stale heartbeat and a deleted dead-letter topic included, makes
+    a 503 whose checks name it.
+    """
     topics = list(INBOUND_TOPICS)
     connection = await asyncpg.connect(database_url)
     async with tools.running(whole) as client:
@@ -80,6 +85,9 @@ async def test_ready_is_said_only_while_topics_workers_and_database_are_there(
 async def test_a_server_that_is_away_or_hangs_is_named_within_its_deadline(
     servers: Servers, database_url: str, tools: Any
 ) -> None:
+    """Readiness tells a server that cannot be reached from a broker that has stopped answering;
+    liveness and metrics need neither.
+    """
     async with tools.running(tools.settings()) as client:
         response = await client.get("/readyz")
         assert response.status_code == 503
@@ -92,6 +100,7 @@ async def test_a_server_that_is_away_or_hangs_is_named_within_its_deadline(
         metrics = await client.get("/metrics")
         assert metrics.status_code == 200
         assert "credits_outbox_records NaN" in metrics.text
+        assert "credits_pool_in_use NaN" in metrics.text
 
     if not servers.kafka_pid:
         pytest.skip("the broker is not ours to stop")
@@ -114,9 +123,53 @@ async def test_a_server_that_is_away_or_hangs_is_named_within_its_deadline(
         await tools.eventually(ready, "missing: none.")
 
 
+async def test_a_database_that_hangs_is_named_within_the_deadline(
+    database_door: tuple[Any, str], tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query that can neither finish nor be cancelled delays neither the verdict on the database
+    nor the metrics.
+    """
+    monkeypatch.setattr(health, "CHECK_SECONDS_MAX", 0.2)
+    door, address = database_door
+    await door.open()
+    async with tools.running(tools.settings(database_url=address)) as client:
+
+        async def ready() -> httpx.Response:
+            response: httpx.Response = await client.get("/readyz")
+            return response
+
+        await tools.eventually(ready, '"database":"ok"')
+        door.hang()
+        async with asyncio.timeout(3):
+            assert (await ready()).json()["checks"]["database"] == "no answer within 0.2 s"
+            assert "credits_outbox_records NaN" in (await client.get("/metrics")).text
+        door.resume()
+        await tools.eventually(ready, '"database":"ok"')
+
+
+async def test_the_database_is_counted_once_however_many_ask(
+    ledger: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty scrapes at once, which need no token, cost one count and all see its numbers."""
+    counts = []
+
+    async def count(source: reads.Source) -> reads.HealthView:
+        counts.append(source)
+        return reads.HealthView(outbox_records=7, parked_records=0, dead_letters={}, workers_live=0)
+
+    monkeypatch.setattr(reads, "health", count)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 60.0)
+    answers = await asyncio.gather(*(ledger.get("/metrics") for _ in range(20)))
+    assert all("credits_outbox_records 7.0" in answer.text for answer in answers)
+    assert len(counts) == 1
+
+
 async def test_metrics_tell_what_the_database_knows(
     ledger: httpx.AsyncClient, database_url: str
 ) -> None:
+    """Outbox, parked messages, live workers and unsettled dead letters are counted; old heartbeats
+    and discarded letters are not.
+    """
     connection = await asyncpg.connect(database_url)
     await connection.execute(BEAT, uuid4(), ["a"], 0.0)
     await connection.execute(BEAT, uuid4(), ["a"], 60.0)
@@ -149,6 +202,9 @@ async def test_metrics_tell_what_the_database_knows(
 
 
 async def test_every_error_is_a_problem_document(ledger: httpx.AsyncClient) -> None:
+    """Unknown paths, wrong methods and wrong parameters are answered with the fields of RFC 9457,
+    without a route of ours too.
+    """
     for method, path, status in (
         ("GET", "/nothing", 404),
         ("GET", "/v1/accounts/", 404),
@@ -168,6 +224,9 @@ async def test_every_error_is_a_problem_document(ledger: httpx.AsyncClient) -> N
 async def test_a_defect_of_ours_shows_nothing_from_the_inside(
     ledger: httpx.AsyncClient, database_url: str
 ) -> None:
+    """A row that we cannot read is a 500 without any of its content, and one log line that names
+    the route's template.
+    """
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "INSERT INTO credits.accounts (account_id, version) VALUES ('user:u1', 1)"
@@ -191,6 +250,9 @@ async def test_a_defect_of_ours_shows_nothing_from_the_inside(
 
 
 async def test_the_description_names_every_route_its_errors_and_its_security(tools: Any) -> None:
+    """The OpenAPI document has exactly our routes, asks for the token under /v1 only, and has no
+    422, which we never send.
+    """
     async with tools.running(tools.settings()) as client:
         schema = (await client.get("/openapi.json")).json()
     assert set(schema["paths"]) == {
@@ -214,6 +276,9 @@ async def test_the_description_names_every_route_its_errors_and_its_security(too
 
 
 async def test_the_process_starts_without_servers_and_stops_when_told(tools: Any) -> None:
+    """The gateway process listens and answers while both servers are away, and SIGTERM ends it with
+    exit status 0.
+    """
     settings: Settings = tools.settings()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("CREDITS_")},

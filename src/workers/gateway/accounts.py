@@ -1,17 +1,18 @@
 """What a token may read: accounts, their journal, lots and holds, and what became of an event."""
 
-import asyncio
+import re
 from collections.abc import Awaitable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Query
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from workers.gateway import problems
-from workers.gateway.connections import Late
+from workers.gateway.connections import Late, within
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
+from workers.messages.inbound import Time
 from workers.messages.outbound import CreditChanged
 from workers.store import reads
 from workers.store.reads import AccountView, CommandView, HoldView, LotView, Pool
@@ -19,10 +20,14 @@ from workers.store.reads import AccountView, CommandView, HoldView, LotView, Poo
 READ_SECONDS_MAX = 5.0
 VERSION_MAX = 2**62
 ENTRIES_MAX = 1000
-# A slash inside an id comes percent-encoded, but routes are matched after decoding: see `keep_encoded_slashes`.
+# A slash inside an id comes percent-encoded, but routes are matched after decoding: see `keep_encoded_slashes`,
+# which also sees to it that nobody else's character is taken for one.
 SLASH_INSIDE = "\ue000"
 
 Answer = TypeVar("Answer")
+
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_UNENCODED_PLUS = re.compile(r" (?=[0-9]{2}:[0-9]{2}$)")
 
 
 class LotsView(BaseModel):
@@ -49,16 +54,16 @@ class EntriesView(BaseModel):
     ]
 
 
-def _with_plus(value: Any) -> Any:
-    """A plus of an offset that was sent unencoded arrives as a space."""
-    return value.strip().replace(" ", "+") if isinstance(value, str) else value
+def _from_address(value: Any) -> Any:
+    """A time as an address has it: the plus of its offset, sent unencoded, arrives as a space.
 
-
-def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("the time is out of range") from error
+    A year alone would pass for so many seconds since 1970, and show an empty account.
+    """
+    if not isinstance(value, str):
+        return value
+    if _DATE.match(value) is None:
+        raise ValueError("an RFC 3339 time is needed, such as 2026-11-21T10:00:00Z")
+    return _UNENCODED_PLUS.sub("+", value)
 
 
 Owner = Annotated[
@@ -70,9 +75,8 @@ Owner = Annotated[
     ),
 ]
 At = Annotated[
-    AwareDatetime | None,
-    BeforeValidator(_with_plus),
-    AfterValidator(lambda value: None if value is None else _in_utc(value)),
+    Time | None,
+    BeforeValidator(_from_address),
     Query(
         description="Show the account as of this moment (RFC 3339 with an offset): totals and version from the "
         "journal, the tier is today's. `lots` is empty where the journal cannot give them exactly.",
@@ -135,14 +139,16 @@ def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
 async def _account(pool: Pool, text: str, at: datetime | None) -> AccountView:
     owner = await _owner(pool, text)
     found = await (reads.account_at(pool, owner, at) if at else reads.account(pool, owner))
-    return _seen(found)
+    if found is None:
+        raise _unknown_owner()
+    return found
 
 
 async def _entries(pool: Pool, text: str, after_version: int, limit: int) -> EntriesView:
     owner = await _owner(pool, text)
     found = await reads.entries(pool, owner, after_version, limit + 1)
-    if not found:
-        _seen(await reads.account(pool, owner))
+    if not found and not await reads.seen(pool, owner):
+        raise _unknown_owner()
     page = found[:limit]
     more = len(found) > limit
     return EntriesView(entries=page, next_after_version=page[-1].version if more else None)
@@ -151,8 +157,8 @@ async def _entries(pool: Pool, text: str, after_version: int, limit: int) -> Ent
 async def _holds(pool: Pool, text: str) -> HoldsView:
     owner = await _owner(pool, text)
     found = await reads.holds(pool, owner)
-    if not found:
-        _seen(await reads.account(pool, owner))
+    if not found and not await reads.seen(pool, owner):
+        raise _unknown_owner()
     return HoldsView(holds=found)
 
 
@@ -160,12 +166,10 @@ async def _owner(pool: Pool, text: str) -> str:
     return await reads.resolve_owner(pool, text.replace(SLASH_INSIDE, "/"))
 
 
-def _seen(found: AccountView | None) -> AccountView:
-    if found is None:
-        raise Problem(404, "unknown_owner", "this owner was never seen")
-    return found
+def _unknown_owner() -> Problem:
+    return Problem(404, "unknown_owner", "this owner was never seen")
 
 
 async def _in_time(answer: Awaitable[Answer]) -> Answer:
     """Bound a read, also when the database hangs. Raises TimeoutError, which is answered with 503."""
-    return await asyncio.wait_for(answer, READ_SECONDS_MAX)
+    return await within(READ_SECONDS_MAX, answer)

@@ -22,7 +22,8 @@ DESCRIPTION = (
     "Balances, their journal, and the door for Stripe's webhooks. Amounts are whole credits. "
     "Errors are RFC 9457 problem documents."
 )
-_ENCODED_SLASH = re.compile(rb"%2[fF]")
+NO_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no text
+_ENCODED_SLASH = re.compile("%2[fF]")
 
 
 def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> FastAPI:
@@ -59,11 +60,11 @@ def keep_encoded_slashes(app: ASGIApp) -> ASGIApp:
     """Middleware: an encoded slash stays part of its path segment, because an id may contain one."""
 
     async def kept(scope: Scope, receive: Receive, send: Send) -> None:
-        raw = scope.get("raw_path")
-        if scope["type"] == "http" and raw and _ENCODED_SLASH.search(raw):
-            inside = SLASH_INSIDE.encode("utf-8")
-            path = _ENCODED_SLASH.sub(inside, raw.split(b"?", 1)[0])
-            scope = {**scope, "path": unquote(path.decode("utf-8", "replace"))}
+        if scope["type"] == "http":
+            parts = _ENCODED_SLASH.split(scope["raw_path"].decode("ascii", "replace"))
+            decoded = (unquote(part).replace(SLASH_INSIDE, NO_CHARACTER) for part in parts)
+            # In place: the handler of last resort reads from this scope which route was taken.
+            scope["path"] = SLASH_INSIDE.join(decoded)
         await app(scope, receive, send)
 
     return kept

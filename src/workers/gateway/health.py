@@ -16,7 +16,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from workers.gateway.connections import Away, Broker, Late
+from workers.gateway.connections import Away, Broker, Late, within
 from workers.settings import INBOUND_TOPICS, Settings
 from workers.store import reads
 from workers.store.reads import Pool
@@ -34,7 +34,8 @@ from workers.topics import all_topics
 log = structlog.get_logger()
 
 CHECK_SECONDS_MAX = 2.0
-TOPICS_FRESH_SECONDS = 1.0
+# Anybody may ask, as often as they like: the servers are asked at most so often.
+FRESH_SECONDS = 1.0
 
 
 class ReadinessView(BaseModel):
@@ -48,6 +49,7 @@ def health_router(settings: Settings, database: Late[Pool], broker: Broker) -> A
     """The routes that need no token."""
     router = APIRouter(tags=["health"])
     readiness = Readiness(settings, database, broker)
+    depths = Depths(database)
 
     @router.get("/livez", summary="The process answers")
     async def livez() -> dict[str, str]:
@@ -72,7 +74,7 @@ def health_router(settings: Settings, database: Late[Pool], broker: Broker) -> A
         responses={200: {"content": {"text/plain": {}}}},
     )
     async def metrics() -> Response:
-        await _measure(database)
+        await depths.measure()
         return Response(generate_latest(REGISTRY), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return router
@@ -106,7 +108,7 @@ class Readiness:
             return frozenset()
         missing = self._wanted - await self._broker.topics()
         if not missing:
-            self._complete_until = time.monotonic() + TOPICS_FRESH_SECONDS
+            self._complete_until = time.monotonic() + FRESH_SECONDS
         return missing
 
     async def _topics_idle(self) -> frozenset[str]:
@@ -114,10 +116,43 @@ class Readiness:
         return self._consumed - await reads.topics_covered(self._database.current)
 
 
+class Depths:
+    """The gauges that the database knows; what is not known now is NaN, never yesterday's number."""
+
+    def __init__(self, database: Late[Pool]) -> None:
+        self._database = database
+        self._one_at_a_time = asyncio.Lock()
+        self._fresh_until = 0.0
+
+    async def measure(self) -> None:
+        """Set them, unless that was done a moment ago."""
+        async with self._one_at_a_time:
+            if time.monotonic() >= self._fresh_until:
+                await self._measure()
+                self._fresh_until = time.monotonic() + FRESH_SECONDS
+
+    async def _measure(self) -> None:
+        DEAD_LETTERS_UNSETTLED.clear()
+        for gauge in (OUTBOX_RECORDS, PARKED_RECORDS, WORKERS_LIVE, POOL_IN_USE):
+            gauge.set(float("nan"))
+        try:
+            pool = self._database.current
+            POOL_IN_USE.set(pool.get_size() - pool.get_idle_size())
+            found = await within(CHECK_SECONDS_MAX, reads.health(pool))
+        except (Away, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            log.warning("metrics_without_database", error=describe_error(error))
+            return
+        OUTBOX_RECORDS.set(found.outbox_records)
+        PARKED_RECORDS.set(found.parked_records)
+        WORKERS_LIVE.set(found.workers_live)
+        for reason, records in found.dead_letters.items():
+            DEAD_LETTERS_UNSETTLED.labels(reason=reason).set(records)
+
+
 async def _asked(question: Callable[[], Awaitable[frozenset[str]]]) -> frozenset[str] | str:
     """The answer, or in a few words why there is none in time."""
     try:
-        return await asyncio.wait_for(question(), CHECK_SECONDS_MAX)
+        return await within(CHECK_SECONDS_MAX, question())
     except Away as error:
         return str(error)
     except TimeoutError:
@@ -131,22 +166,3 @@ def _judged(found: frozenset[str] | str, wrong: str) -> str:
     if isinstance(found, str):
         return found
     return f"{wrong}: {', '.join(sorted(found))}" if found else "ok"
-
-
-async def _measure(database: Late[Pool]) -> None:
-    """Set the gauges that the database knows; what is not known now is NaN, never yesterday's number."""
-    DEAD_LETTERS_UNSETTLED.clear()
-    try:
-        pool = database.current
-        POOL_IN_USE.set(pool.get_size() - pool.get_idle_size())
-        found = await asyncio.wait_for(reads.health(pool), CHECK_SECONDS_MAX)
-    except (Away, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        log.warning("metrics_without_database", error=describe_error(error))
-        for gauge in (OUTBOX_RECORDS, PARKED_RECORDS, WORKERS_LIVE):
-            gauge.set(float("nan"))
-        return
-    OUTBOX_RECORDS.set(found.outbox_records)
-    PARKED_RECORDS.set(found.parked_records)
-    WORKERS_LIVE.set(found.workers_live)
-    for reason, records in found.dead_letters.items():
-        DEAD_LETTERS_UNSETTLED.labels(reason=reason).set(records)

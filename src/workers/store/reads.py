@@ -6,7 +6,7 @@ transaction), reads take no locks, and nothing is shown as spendable that R3 for
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias
 from uuid import UUID
@@ -160,12 +160,12 @@ class HealthView(View):
     parked_records: int
     dead_letters: dict[str, int]
     workers_live: int
-    topics_covered: frozenset[str]
 
 
 # The owner of an id as the worker resolves it (R13): what the provider "user" says, else what all other providers
 # agree on, else the id itself; `user:<id>` means itself where that account exists. Only a bare id may also be one of
-# Stripe or an address, which are never a user's. A mirror organisation is its sole member (R15). Then along merges.
+# Stripe or an address (kept in lower case), which are never a user's. A mirror organisation is its sole member (R15).
+# Then along merges.
 _RESOLVE = """
 WITH RECURSIVE
 mirrored AS (
@@ -187,7 +187,8 @@ mapped AS (
            count(DISTINCT i.owner::text) FILTER (WHERE i.provider NOT IN ('stripe', 'email')) AS others,
            min(i.owner::text) FILTER (WHERE i.provider = 'stripe') AS by_stripe,
            min(i.owner::text) FILTER (WHERE i.provider = 'email') AS by_email
-    FROM identities i WHERE i.external_id = (SELECT external_id FROM wanted)
+    FROM wanted w JOIN identities i ON i.external_id IN (w.external_id, lower(w.external_id))
+    WHERE i.external_id = w.external_id OR i.provider = 'email'
 ),
 chain (owner, steps) AS (
     SELECT CASE WHEN w.exact AND EXISTS (SELECT FROM accounts a WHERE a.account_id = w.itself) THEN w.itself
@@ -215,11 +216,13 @@ WHERE a.account_id = $1
 ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.lot_id
 """
 
+_SEEN = "SELECT EXISTS (SELECT FROM accounts WHERE account_id = $1)"
+
 # The account as the journal had it at a moment: times of one account's entries never go back (R12).
 _PAST_ACCOUNT = """
 SELECT a.account_id, a.tier, coalesce(e.version, 0) AS version, coalesce(e.subscription_after, 0) AS subscription,
        coalesce(e.purchased_after, 0) AS purchased, coalesce(e.held_after, 0) AS account_held,
-       coalesce(e.debt_after, 0) AS debt, coalesce(e.recorded_at, $2) AS updated_at
+       coalesce(e.debt_after, 0) AS debt, e.recorded_at AS updated_at
 FROM accounts a LEFT JOIN LATERAL (
     SELECT * FROM entries WHERE account_id = $1 AND recorded_at <= $2 ORDER BY version DESC LIMIT 1) e ON true
 WHERE a.account_id = $1
@@ -280,14 +283,12 @@ SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT $2) o) AS outbox_records,
        (SELECT coalesce(jsonb_object_agg(reason, n), '{}') FROM (
             SELECT reason, count(*) AS n FROM dead_letters WHERE state IN ('dead', 'replaying') GROUP BY reason) d
        ) AS dead_letters,
-       (SELECT count(*) FROM heartbeats WHERE beat_at > clock_timestamp() - make_interval(secs => $1)) AS workers_live,
-       ARRAY(SELECT DISTINCT t FROM heartbeats, unnest(topics) t
-             WHERE beat_at > clock_timestamp() - make_interval(secs => $1)) AS topics_covered
+       (SELECT count(*) FROM heartbeats WHERE beat_at > clock_timestamp() - make_interval(secs => $1)) AS workers_live
 """
 
 _TOPICS_COVERED = """
 SELECT ARRAY(SELECT DISTINCT t FROM heartbeats, unnest(topics) t
-             WHERE beat_at > clock_timestamp() - make_interval(secs => $1)) AS topics_covered
+             WHERE beat_at > clock_timestamp() - make_interval(secs => $1))
 """
 
 
@@ -307,7 +308,12 @@ async def resolve_owner(source: Source, text: str) -> str:
 async def account(source: Source, owner: str) -> AccountView | None:
     """The account now, or None if the owner was never seen."""
     rows = await source.fetch(_ACCOUNT, owner)
-    return _account_view(rows[0], [row for row in rows if row["lot_id"]]) if rows else None
+    return _account_view(dict(rows[0]), [row for row in rows if row["lot_id"]]) if rows else None
+
+
+async def seen(source: Source, owner: str) -> bool:
+    """Whether there is an account of this owner."""
+    return bool(await source.fetchval(_SEEN, owner))
 
 
 async def account_at(pool: Pool, owner: str, moment: datetime) -> AccountView | None:
@@ -330,7 +336,10 @@ async def account_at(pool: Pool, owner: str, moment: datetime) -> AccountView | 
         sum(lot["remaining"] for lot in lots) == past["subscription"] + past["purchased"]
         and sum(lot["held"] for lot in lots) == past["account_held"]
     )
-    return _account_view(past, lots if exact else [])
+    # The database would give the first and the last moment of all back as its infinities, without a zone.
+    return _account_view(
+        {**past, "updated_at": past["updated_at"] or moment}, lots if exact else []
+    )
 
 
 async def holds(source: Source, owner: str) -> list[HoldView]:
@@ -394,9 +403,8 @@ async def command(source: Source, scope: str, command_type: str, key: str) -> Co
 
 async def health(source: Source) -> HealthView:
     """Depths and live workers, by the database's clock."""
-    row = await source.fetchrow(_HEALTH, HEARTBEAT_SECONDS, OUTBOX_COUNTED_MAX)
-    found: dict[str, Any] = dict(row or {})
-    return HealthView(**{**found, "dead_letters": json.loads(found["dead_letters"])})
+    (row,) = await source.fetch(_HEALTH, HEARTBEAT_SECONDS, OUTBOX_COUNTED_MAX)
+    return HealthView(**{**row, "dead_letters": json.loads(row["dead_letters"])})
 
 
 async def topics_covered(source: Source) -> frozenset[str]:
@@ -404,8 +412,7 @@ async def topics_covered(source: Source) -> frozenset[str]:
     return frozenset(await source.fetchval(_TOPICS_COVERED, HEARTBEAT_SECONDS))
 
 
-def _account_view(row: asyncpg.Record, lots: Iterable[asyncpg.Record]) -> AccountView:
-    lots = list(lots)
+def _account_view(row: Mapping[str, Any], lots: Sequence[asyncpg.Record]) -> AccountView:
     total = row["subscription"] + row["purchased"]
     lapsed = sum(lot["remaining"] - lot["held"] for lot in lots if lot["lapsed"])
     return AccountView(
