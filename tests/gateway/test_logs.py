@@ -46,6 +46,9 @@ attempt(lambda: asyncio.run(asyncpg.connect("postgres://u:canary@127.0.0.1:9/x")
 
 
 def test_no_line_quotes_a_payload_a_secret_or_an_address_and_each_is_json() -> None:
+    """Errors of every kind, ours and the libraries', are logged with type, place and code but
+    without the values they quote.
+    """
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     assert b"canary" not in done.stdout
     assert done.stderr == b""

@@ -16,11 +16,13 @@ BODY = '{"id": "evt_1", "object": "event", "note": "Grüße"}'.encode()
 def signed(
     body: bytes = BODY, secret: str = SECRET, timestamp: int = NOW, scheme: str = "v1"
 ) -> str:
+    """The header of a body signed by the official library."""
     header = WebhookSignature.generate_signature_header(body.decode(), secret, timestamp)
     return header.replace("v1=", f"{scheme}=")
 
 
 def signature_of(body: bytes = BODY, secret: str = SECRET, timestamp: int = NOW) -> str:
+    """The bare signature, to build headers that the library would not."""
     return signed(body, secret, timestamp).partition("v1=")[2]
 
 
@@ -40,6 +42,9 @@ def signature_of(body: bytes = BODY, secret: str = SECRET, timestamp: int = NOW)
 def test_what_stripe_signed_passes(
     what: str, header: str, secrets: list[str], now: int | None
 ) -> None:
+    """Any configured secret's v1 signature is enough, at either edge of the tolerance, and at any
+    age where no age is judged.
+    """
     verify(BODY, header, secrets, now=now)
 
 
@@ -121,11 +126,17 @@ TEN_YEARS = 10 * 365 * 86_400
 def test_everything_else_is_refused_with_its_reason(
     reason: str, what: str, body: bytes, header: str | None, secrets: list[str], now: int
 ) -> None:
+    """Each way to be unsigned, altered, ambiguous or out of time is a BadSignature that says which,
+    never another exception.
+    """
     with pytest.raises(BadSignature, match=reason):
         verify(body, header, secrets, now=now)
 
 
 def test_a_refusal_keeps_neither_the_body_nor_a_secret() -> None:
+    """Neither the exception nor what it is chained to holds anything that an error tracker should
+    not see.
+    """
     with pytest.raises(BadSignature) as caught:
         verify(BODY, signed(secret="whsec_other"), [SECRET], now=NOW)
     told = repr(vars(caught.value)) + repr(caught.value.args)
