@@ -1,0 +1,1 @@
+"""The benchmarks: this worker beside a straightforward one, on the same servers, with the same events."""

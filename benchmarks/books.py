@@ -1,0 +1,249 @@
+"""The databases of the benchmark: prepared once for each case, copied for each run, and judged after it.
+
+A benchmark of wrong results is void: `judge` compares what a run left in the books and on the topic with what
+arithmetic says, and raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import orjson
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+
+from benchmarks.cases import SOURCE, Event, Workload
+from workers.batch import Ledger
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.sources import Sources
+from workers.store.database import open_pool
+from workers.store.migrations import migrate
+from workers.store.set_aside import Work
+
+PREPARED_AT_ONCE = 1000
+READ_SECONDS_MAX = 60
+
+
+class VoidError(Exception):
+    """A run's results are wrong, or it did not end: its figures mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What is in the books. Two subjects that did the same work have equal effects."""
+
+    commands: int
+    applied: int
+    entries: int
+    balance: int
+    held: int
+    debt: int
+    generations: int
+    bookings: int
+    lots: int
+    outbox: int
+    dead_letters: int
+    parked: int
+    accounts_digest: str
+
+
+_EFFECTS = """
+SELECT (SELECT count(*) FROM commands) AS commands,
+       (SELECT count(*) FROM commands WHERE outcome = 'applied') AS applied,
+       (SELECT count(*) FROM entries) AS entries,
+       (SELECT sum(subscription + purchased)::bigint FROM accounts) AS balance,
+       (SELECT sum(held)::bigint FROM accounts) AS held,
+       (SELECT sum(debt)::bigint FROM accounts) AS debt,
+       (SELECT count(*) FROM generations) AS generations,
+       (SELECT count(*) FROM bookings) AS bookings,
+       (SELECT count(*) FROM lots) AS lots,
+       (SELECT count(*) FROM outbox) AS outbox,
+       (SELECT count(*) FROM dead_letters) AS dead_letters,
+       (SELECT count(*) FROM parked) AS parked
+"""
+
+_ACCOUNTS = """
+SELECT account_id, subscription, purchased, held, debt, version FROM accounts ORDER BY account_id
+"""
+
+# Totals that are not the sum of their lots, or versions that are not their entries: must be none.
+_DISAGREEMENTS = """
+SELECT count(*) FROM accounts a
+LEFT JOIN (SELECT account_id, sum(remaining)::bigint AS remaining, sum(held)::bigint AS held FROM lots GROUP BY 1) l
+       USING (account_id)
+LEFT JOIN (SELECT account_id, count(*) AS entries, max(version) AS version FROM entries GROUP BY 1) e
+       USING (account_id)
+WHERE a.subscription + a.purchased <> coalesce(l.remaining, 0) OR a.held <> coalesce(l.held, 0)
+   OR a.version <> coalesce(e.version, 0) OR a.version <> coalesce(e.entries, 0)
+"""
+
+
+def at(server_url: str, name: str) -> str:
+    """The address of another database of the server."""
+    return urlunsplit(urlsplit(server_url)._replace(path=f"/{name}"))
+
+
+async def administer(server_url: str, *statements: str) -> None:
+    """Run statements as the server's owner, each by itself."""
+    connection = await asyncpg.connect(server_url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def prepare(server_url: str, work: Workload) -> str:
+    """Make the database that a case's runs are copies of. Returns its name."""
+    name = f"prepared_{work.database}"
+    url = at(server_url, name)
+    await administer(server_url, f'DROP DATABASE IF EXISTS "{name}"', f'CREATE DATABASE "{name}"')
+    await migrate(url)
+    await _apply(url, work.before)
+    async with connected(url) as connection:
+        # What was applied before is not part of any run: its messages are not published.
+        await connection.execute("SET search_path = credits; TRUNCATE outbox")
+        # Tables that hold something get statistics. An empty one is left as it was made: PostgreSQL takes it for one
+        # that will grow, unless told otherwise by VACUUM.
+        for table in ("accounts", "lots", "entries", "commands", "generations", "bookings"):
+            if await connection.fetchval(f"SELECT EXISTS (SELECT FROM {table})"):
+                await connection.execute(f"VACUUM (ANALYZE) {table}")
+    return name
+
+
+async def _apply(url: str, events: Sequence[Event]) -> None:
+    catalogue = parse_catalogue(DEFAULT_CATALOGUE)
+    pool = await open_pool(url, name="benchmark")
+    try:
+        ledger = Ledger(
+            pool, Sources(catalogue, (), 1 << 20), catalogue, parked_deadline_seconds=86_400
+        )
+        outcomes: Counter[str] = Counter()
+        for start in range(0, len(events), PREPARED_AT_ONCE):
+            part = events[start : start + PREPARED_AT_ONCE]
+            works = [Work(event.record(start + at)) for at, event in enumerate(part)]
+            report = await ledger.apply(works)
+            for (_, outcome), count in report.outcomes.items():
+                outcomes[outcome] += count
+    finally:
+        await pool.close()
+    if outcomes != {"applied": len(events)}:
+        raise VoidError(f"the preparation was not applied as a whole: {dict(outcomes)}")
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """A connection as the server's owner, with the ledger's tables in its path."""
+    connection = await asyncpg.connect(url, server_settings={"search_path": "credits"})
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def copy_of(server_url: str, template: str, name: str) -> AsyncIterator[str]:
+    """A run's own database, dropped afterwards. Gives its address."""
+    await administer(server_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    try:
+        yield at(server_url, name)
+    finally:
+        await administer(server_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def effects(connection: asyncpg.Connection[asyncpg.Record]) -> Effects:
+    """What is in the books now."""
+    row = await connection.fetchrow(_EFFECTS)
+    accounts = await connection.fetch(_ACCOUNTS)
+    digest = hashlib.sha256("\n".join(str(tuple(account)) for account in accounts).encode())
+    return Effects(**dict(row or {}), accounts_digest=digest.hexdigest()[:16])
+
+
+async def judge(
+    connection: asyncpg.Connection[asyncpg.Record],
+    work: Workload,
+    before: Effects,
+    messages: Sequence[ConsumerRecord[Any, Any]],
+) -> Effects:
+    """What a run left. Raises VoidError when it is not exactly what its events must leave."""
+    after, expected = await effects(connection), work.expected
+    found = {
+        "commands": after.commands - before.commands,
+        "applied": after.applied - before.applied,
+        "entries": after.entries - before.entries,
+        "spent": before.balance - after.balance,
+        "left in the outbox": after.outbox,
+        "dead letters": after.dead_letters,
+        "parked": after.parked,
+        "debt": after.debt,
+        "accounts that disagree with lots or entries": await connection.fetchval(_DISAGREEMENTS),
+    }
+    wanted = {
+        **dict.fromkeys(found, 0),
+        "commands": expected.commands,
+        "applied": expected.commands,
+        "entries": expected.entries,
+        "spent": expected.spent,
+    }
+    wrong = [
+        f"{name}: {found[name]}, must be {wanted[name]}"
+        for name in found
+        if found[name] != wanted[name]
+    ]
+    told = Counter(_version_of(message) for message in messages)
+    rows = await connection.fetch(
+        "SELECT e.account_id, e.version FROM entries e JOIN commands c "
+        "ON (c.key, c.scope) = (e.cause ->> 'idempotency_key', e.cause ->> 'source') "
+        "WHERE c.scope = $1 AND c.key = ANY($2::text[])",
+        SOURCE,
+        [event.id for event in work.fresh],
+    )
+    journal = {(row["account_id"], row["version"]) for row in rows}
+    if set(told) != journal or len(told) != expected.entries:
+        wrong.append(f"credit.changed tells {len(told)} versions, the journal has {len(journal)}")
+    if sum(told.values()) != len(told):
+        wrong.append(f"credit.changed repeats {sum(told.values()) - len(told)} versions")
+    if wrong:
+        raise VoidError("; ".join(wrong))
+    return after
+
+
+def _version_of(message: ConsumerRecord[Any, Any]) -> tuple[str, int]:
+    data = orjson.loads(message.value or b"{}")
+    return data["account_id"], data["version"]
+
+
+def same(name: str, found: dict[str, Effects]) -> None:
+    """Raises VoidError when two subjects' effects are not equal."""
+    if len({orjson.dumps(asdict(one)) for one in found.values()}) > 1:
+        told = "\n".join(f"  {subject}: {one}" for subject, one in found.items())
+        raise VoidError(f"the subjects' effects differ in case {name}:\n{told}")
+
+
+async def read_topic(
+    bootstrap: str, topic: str, begin: dict[TopicPartition, int], end: dict[TopicPartition, int]
+) -> list[ConsumerRecord[Any, Any]]:
+    """Every record of a topic between two positions, as any subscriber would see them."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+    await consumer.start()
+    found: list[ConsumerRecord[Any, Any]] = []
+    try:
+        consumer.assign(list(end))
+        for partition in end:
+            consumer.seek(partition, begin[partition])
+        wanted = sum(end[partition] - begin[partition] for partition in end)
+        while len(found) < wanted:
+            parts = await consumer.getmany(timeout_ms=READ_SECONDS_MAX * 1000)
+            if not parts:
+                raise VoidError(f"{topic} was to give {wanted} records and gave {len(found)}")
+            for part in parts.values():
+                found += part
+    finally:
+        await consumer.stop()
+    return found
