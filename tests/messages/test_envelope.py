@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from workers.messages.envelope import Event, identify, read_event
+from workers.messages.envelope import EARLIEST, LATEST, Event, identify, read_event
 from workers.messages.inbound import CONTRACT_TYPES
 from workers.messages.record import Record, Refused
 
@@ -191,12 +191,15 @@ def test_a_header_that_is_read_must_be_utf8() -> None:
         (datetime(2026, 11, 21, 10, tzinfo=UTC), "2026-11-21t10:00:00z"),
         (datetime(2026, 11, 21, 10, tzinfo=UTC), "2026-11-21T23:30:00+13:30"),
         (datetime(2026, 11, 21, 10, 0, 0, 123456, tzinfo=UTC), "2026-11-21T10:00:00.123456789Z"),
-        (datetime(1, 1, 1, tzinfo=UTC), "0001-01-01T00:00:00Z"),
-        (datetime.max.replace(tzinfo=UTC), "9999-12-31T23:59:59.999999Z"),
+        (EARLIEST, "0001-01-01T00:00:00Z"),  # Go's zero time
+        (LATEST, "9999-12-31T23:59:59.9999999Z"),  # the last of .NET
+        (LATEST, "9999-12-31T23:59:59.999998Z"),
     ],
 )
 def test_the_event_keeps_its_own_time(expected: datetime, time: str) -> None:
-    """The time of the event is kept in UTC, to the microsecond."""
+    """The time of the event is kept in UTC, to the microsecond; the two that PostgreSQL's infinities stand for
+    become their neighbours.
+    """
     for one in both(time=time):
         assert expected == read(one).occurred_at
 

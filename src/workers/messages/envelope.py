@@ -5,7 +5,7 @@ Source: CloudEvents 1.0.2, Kafka protocol binding. The content type decides the 
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import jiter
@@ -13,6 +13,8 @@ import jiter
 from workers.messages.record import Record, Refused
 
 ID = re.compile(r"[!-~]{1,255}\Z")  # \Z: a `$` would let a newline follow
+EARLIEST = datetime.min.replace(tzinfo=UTC) + timedelta(microseconds=1)
+LATEST = datetime.max.replace(tzinfo=UTC) - timedelta(microseconds=1)
 TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 STRUCTURED = "application/cloudevents"
 DATASCHEMA_VERSION = re.compile(r"/v(\d+)/?$")
@@ -168,6 +170,16 @@ def _time(value: Any, default: datetime) -> datetime:
     if moment.tzinfo is None:
         raise Refused("malformed", "CloudEvents attribute 'time' has no time zone")
     try:
-        return moment.astimezone(UTC)
+        return to_utc(moment)
     except OverflowError as error:
         raise Refused("malformed", "CloudEvents attribute 'time' is out of range") from error
+
+
+def to_utc(moment: datetime) -> datetime:
+    """A moment in UTC, as the database keeps it. Raises OverflowError for one that no calendar has.
+
+    The first and the last moment that Python knows are what Go and .NET send for "unset" and "never"; asyncpg
+    stores those two as infinity and reads them back without a time zone. The neighbouring microsecond is stored
+    as it is.
+    """
+    return max(EARLIEST, min(moment.astimezone(UTC), LATEST))

@@ -4,7 +4,7 @@ Integers are strict: `1.0`, `true` and `"5"` are not credits. Unknown fields are
 grow. A field's absence and its default are the same content (R8).
 """
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from workers.ledger.catalogue import CREDITS_MAX
+from workers.messages.envelope import to_utc
 
 Id = Annotated[
     str,
@@ -37,7 +38,7 @@ def _time_is_text(value: Any) -> Any:
 
 def _to_utc(value: datetime) -> datetime:
     try:
-        return value.astimezone(UTC)
+        return to_utc(value)
     except OverflowError as error:
         raise ValueError("the time is out of range") from error
 
