@@ -120,7 +120,7 @@ class _Pricing(_Object):
 class _InvoiceLine(_Object):
     period: _Period | None = None
     quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    amount: int | None = None
+    amount: Annotated[int, Field(ge=-(10**15), le=10**15)] | None = None
     type: str | None = None
     price: _Price | None = None
     pricing: _Pricing | None = None
