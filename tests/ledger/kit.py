@@ -66,6 +66,9 @@ tier = "pro_plus"
 stripe_prices = ["price_with_trial"]
 credits = 100
 trial_credits = 5
+[generations.sketch]
+credits = 2
+hold_seconds = 60
 """
 )
 

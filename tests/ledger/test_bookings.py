@@ -198,6 +198,7 @@ def test_a_cancellation_takes_what_the_booking_earned_before_other_credits() -> 
     ("money", "alerts", "what", "spent"),
     [
         (Money(), [], "nothing spent", []),
+        (Money(debt=1), ["debt_opened"], "a little spent", [complete(1, id="x", by=BOB)]),
         (Money(debt=4), ["debt_opened"], "a part spent", [complete(4, id="x", by=BOB)]),
         (Money(debt=10), ["debt_opened"], "all spent", [complete(10, id="x", by=BOB)]),
         (Money(0, 6, 6, 6), ["debt_opened"], "a part held", [request(6, id="x", by=BOB)]),

@@ -24,6 +24,7 @@ from .kit import (
     refund,
     register,
     request,
+    told,
 )
 
 ABSURD = {"kind": "image", "units": 10**15}
@@ -136,7 +137,8 @@ def test_what_is_held(held: int, what: str, asked: Action) -> None:
     [
         (60, "the event's own", request(5, hold_seconds=60)),
         (60, "the event's own before the catalogue's", request(kind="image", hold_seconds=60)),
-        (900, "the catalogue's for the kind", request(kind="image")),
+        (60, "the catalogue's for the kind", request(kind="sketch")),
+        (900, "the catalogue's for another kind", request(kind="image")),
         (900, "the default for a kind without a price", request(5)),
     ],
 )
@@ -287,6 +289,26 @@ def test_a_completion_after_an_early_failure_is_a_direct_debit() -> None:
     assert ledger.do(fail()) == "hold_closed"
 
 
+def test_a_direct_debit_cannot_take_what_is_held() -> None:
+    """What other generations hold is not there for work that nobody reserved."""
+    ledger = rich(10)
+    ledger.given(request(6))
+
+    assert ledger.do(complete(5, id="g2")) == "insufficient_credits"
+    assert ledger.do(complete(4, id="g2")) == "applied"
+    assert ledger.money(ANN) == Money(purchased=6, held=6)
+
+
+def test_a_direct_debit_after_a_failure_is_paid_by_who_requested() -> None:
+    """Whoever an event names, a generation belongs to the account that it was first known for."""
+    ledger = rich()
+    ledger.given(grant(100, to=BOB), request(10), fail())
+
+    assert ledger.do(complete(8, by=BOB)) == "applied"
+    assert ledger.money(ANN) == Money(purchased=92)
+    assert ledger.money(BOB) == Money(purchased=100)
+
+
 @pytest.mark.parametrize(
     ("expected", "what", "closed", "completed", "credits"),
     [
@@ -387,6 +409,16 @@ def test_an_early_end_leaves_a_tombstone() -> None:
     assert ledger.do(cancel_generation()) == "duplicate"
     assert ledger.money(ANN) == Money(purchased=100)
     assert "generation_hold" not in ledger.kinds(ANN)
+
+
+def test_what_is_released_can_be_spent_in_the_same_batch() -> None:
+    """A lot that was held in full comes back with its release, for the very next command."""
+    ledger = Ledger()
+    actions = [grant(5), request(5), fail(), complete(5, id="g2")]
+    execution = ledger.run(*(ledger.command(action) for action in actions))
+
+    assert [told(decision.outcome) for decision in execution.decisions] == ["applied"] * 4
+    assert ledger.money(ANN) == Money()
 
 
 def test_silence_releases_at_the_deadline_with_entry_and_cause() -> None:
