@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from workers.settings import Settings, kafka_options
+from workers.telemetry import describe_error
 
 log = structlog.get_logger(__name__)
 
@@ -44,14 +45,15 @@ async def open_producer(
 
 
 async def close_producer(producer: AIOKafkaProducer) -> None:
-    """Flush and stop; against a broker that is gone, only stop."""
+    """Flush and stop; against a broker that is gone, which `stop` would wait for without end, only stop."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS / 2):
             await producer.stop()
     except (TimeoutError, KafkaError):
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS / 2):
-                await producer._sender.close()  # noqa: SLF001 - the library has no way to stop without a flush
-                await producer.client.close()
-        except (TimeoutError, KafkaError):
-            log.warning("producer_left_open")
+        # The sender waits for every answer that it still expects; that must not keep its connections open.
+        for close in (producer._sender.close, producer.client.close):  # noqa: SLF001 - there is no other way
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS / 4):
+                    await close()
+            except (TimeoutError, KafkaError) as error:
+                log.warning("producer_not_ended", error=describe_error(error))

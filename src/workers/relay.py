@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ import orjson
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
+from aiokafka.structs import RecordMetadata
 
 from workers import telemetry
 from workers.messages.outbound import ALERT, CHANGED, REJECTED, SHARDS
@@ -35,7 +36,8 @@ SHARD_LOCKS = (
     0x6F757462  # "outb": the first half of the advisory lock's key; the shard is the second
 )
 SOURCE = "credit-workers"
-ROWS_MAX = 2000
+# So much is read and sent in one round: it must fit our memory, and the time that a delivery may take.
+ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 # A commit in this process wakes the relay at once; another process's commit is found by polling.
 POLL_SECONDS = 0.05
 SHARDS_SECONDS = 2.0
@@ -138,11 +140,13 @@ class Relay:
         """
         if not self._shards:
             return 0
-        rows = await connection.fetch(SQL["read_outbox"], sorted(self._shards), ROWS_MAX)
+        rows = await connection.fetch(
+            SQL["read_outbox"], sorted(self._shards), ROWS_MAX, ROUND_BYTES_MAX
+        )
         if not rows:
             return 0
         async with asyncio.timeout(DELIVERY_SECONDS):
-            sent = [await producer.send(**self._message(row)) for row in rows]
+            sent = [await self._send(producer, row) for row in rows]
             results = await asyncio.gather(*sent, return_exceptions=True)
         failed = {
             row["aggregateid"]
@@ -157,6 +161,19 @@ class Relay:
             if isinstance(result, BaseException):
                 raise result
         return len(rows)
+
+    async def _send(
+        self, producer: AIOKafkaProducer, row: asyncpg.Record
+    ) -> Awaitable[RecordMetadata]:
+        """Hand a row to the producer. One that it will not take fails alone: the rows of other keys go on."""
+        try:
+            sending: Awaitable[RecordMetadata] = await producer.send(**self._message(row))
+            return sending
+        except (KafkaError, AssertionError, TypeError, ValueError) as error:
+            log.critical("row_not_sent", sequence=row["sequence"], topic=row["aggregatetype"])
+            refused: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
+            refused.set_exception(KafkaError(f"{type(error).__name__}: the producer refused a row"))
+            return refused
 
     def _message(self, row: asyncpg.Record) -> dict[str, Any]:
         topic = self._settings.topic(row["aggregatetype"])
@@ -194,4 +211,7 @@ def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:
     if value is not None and len(value) > DEAD_VALUE_BYTES_MAX:
         headers.append(("dead-letter-value-omitted", str(len(value)).encode()))
         value = None
-    return {"key": row["key"], "value": value, "headers": headers}
+    key = row["key"]
+    if key is None and value is None:  # Kafka would take it, aiokafka does not
+        key = str(row["dead_letter_id"]).encode()
+    return {"key": key, "value": value, "headers": headers}

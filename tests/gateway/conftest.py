@@ -18,7 +18,8 @@ from stripe import WebhookSignature
 from workers.embedded import Servers
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
-from workers.gateway.serve import Server, listen
+from workers.gateway.serve import listen
+from workers.serving import Server
 from workers.settings import Settings
 from workers.topics import ensure_topics
 

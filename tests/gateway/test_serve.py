@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from typing import Any
 
-from workers.gateway.serve import HEAD_BYTES_MAX
+from workers.serving import HEAD_BYTES_MAX
 
 CHUNKED = b"POST /livez HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
 

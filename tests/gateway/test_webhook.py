@@ -229,13 +229,13 @@ async def test_a_broker_that_stops_answering_leaves_no_connection_behind(
         pytest.skip("the broker is not ours to stop")
     # Answers are awaited for half of the delivery's time: beyond the time that closing has.
     monkeypatch.setattr(connections, "CLOSE_SECONDS", 1.0)
-    close, closed = connections._close_producer, asyncio.Event()
+    close, closed = connections.close_producer, asyncio.Event()
 
     async def close_and_tell(producer: AIOKafkaProducer) -> None:
         await close(producer)
         closed.set()
 
-    monkeypatch.setattr(connections, "_close_producer", close_and_tell)
+    monkeypatch.setattr(connections, "close_producer", close_and_tell)
     others = _clients()
     async with tools.running(kafka_settings, delivery_seconds=2.0) as client:
 

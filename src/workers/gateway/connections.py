@@ -13,7 +13,8 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
-from workers.settings import Settings, kafka_options, require
+from workers.producer import close_producer, open_producer
+from workers.settings import Settings, require
 from workers.store.database import open_pool
 from workers.store.reads import Pool
 from workers.telemetry import PUBLISH_FAILURES, PUBLISHED, describe_error
@@ -162,12 +163,11 @@ class Broker:
     """Kafka as the gateway needs it: one record out, acknowledged; and which topics there are."""
 
     def __init__(self, settings: Settings, *, delivery_seconds: float = DELIVERY_SECONDS) -> None:
-        self._options = kafka_options(settings)
-        self._record_bytes_max = settings.webhook_bytes_max + 64 * 1024
+        self._settings = settings
         self._delivery_seconds = delivery_seconds
         self._prefix = settings.topic_prefix
         self._waiting = asyncio.Semaphore(DELIVERIES_WAITING_MAX)
-        self._late = Late("kafka", self._open, _close_producer)
+        self._late = Late("kafka", self._open, close_producer)
 
     async def __aenter__(self) -> Self:
         await self._late.__aenter__()
@@ -219,32 +219,8 @@ class Broker:
         return set(metadata.topics())
 
     async def _open(self) -> AIOKafkaProducer:
-        producer = AIOKafkaProducer(
-            **self._options,
-            enable_idempotence=True,
-            acks="all",
-            max_request_size=self._record_bytes_max,
+        return await open_producer(
+            self._settings,
+            request_bytes_max=self._settings.webhook_bytes_max + 64 * 1024,
             request_timeout_ms=max(1, int(self._delivery_seconds * 500)),
-            metadata_max_age_ms=60_000,
         )
-        try:
-            await producer.start()
-        except BaseException:
-            await _close_producer(producer)
-            raise
-        return producer
-
-
-async def _close_producer(producer: AIOKafkaProducer) -> None:
-    """Flush and stop; against a broker that is gone, which `stop` would wait for without end, only stop."""
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS / 2):
-            await producer.stop()
-    except (TimeoutError, KafkaError):
-        # The sender waits for every answer that it still expects; that must not keep its connections open.
-        for close in (producer._sender.close, producer.client.close):  # noqa: SLF001 - there is no other way
-            try:
-                async with asyncio.timeout(CLOSE_SECONDS / 4):
-                    await close()
-            except (TimeoutError, KafkaError) as error:
-                log.warning("producer_not_ended", error=describe_error(error))

@@ -4,6 +4,7 @@ Integers are strict: `1.0`, `true` and `"5"` are not credits. Unknown fields are
 grow. A field's absence and its default are the same content (R8).
 """
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -30,9 +31,15 @@ Units = Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX)]
 Text = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
+# pydantic would take "2026" for so many seconds after 1970. RFC 3339 lets a space stand for the T.
+RFC3339 = re.compile(
+    r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
+)
+
+
 def _time_is_text(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ValueError("an RFC 3339 time is text")  # noqa: TRY004 - pydantic reports ValueErrors
+    if not isinstance(value, str) or RFC3339.fullmatch(value) is None:
+        raise ValueError("not an RFC 3339 time with a time zone")
     return value
 
 

@@ -135,10 +135,9 @@ def changed_lots(entry: Entry) -> list[dict[str, Any]]:
     ]
 
 
-def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
-    """`credit.changed` for one entry; its event id is the entry's, the same at every repeat (R10)."""
-    recorded_at = rfc3339(entry.recorded_at)
-    payload = {
+def changed_data(entry: Any, *, lots: Any, cause: Any) -> dict[str, Any]:
+    """The data of `credit.changed` from an `Entry`, or from a stored row with the same names as attributes."""
+    return {
         "account_id": entry.account_id,
         "version": entry.version,
         "kind": entry.kind,
@@ -158,12 +157,17 @@ def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
             "purchased": entry.purchased_delta,
             "lots": lots,
         },
-        "cause": entry.cause,
+        "cause": cause,
         "occurred_at": rfc3339(entry.occurred_at),
-        "recorded_at": recorded_at,
+        "recorded_at": rfc3339(entry.recorded_at),
     }
+
+
+def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
+    """`credit.changed` for one entry; its event id is the entry's, the same at every repeat (R10)."""
+    data = changed_data(entry, lots=lots, cause=entry.cause)
     return _publication(
-        entry.entry_id, CHANGED, entry.account_id, payload, recorded_at, entry.trace_id
+        entry.entry_id, CHANGED, entry.account_id, data, data["recorded_at"], entry.trace_id
     )
 
 

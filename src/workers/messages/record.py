@@ -69,7 +69,9 @@ class Record:
         headers = {}
         for name, value in self.headers:
             known = name.lower()
-            if known == TRACEPARENT:  # a tracing library's; it never decides whether a record is good
+            if (
+                known == TRACEPARENT
+            ):  # a tracing library's; it never decides whether a record is good
                 headers[known] = (value or b"").decode("utf-8", "replace")
             elif known in READ_HEADERS or known.startswith("ce_"):
                 try:
@@ -84,7 +86,11 @@ class Record:
         for part in (
             self.key,
             self.value,
-            *(piece for name, value in self.headers for piece in (name.encode(), value)),
+            *(
+                piece
+                for name, value in self.headers
+                for piece in (name.encode("utf-8", "surrogatepass"), value)
+            ),
         ):
             digest.update(b"-" if part is None else b"+%d:" % len(part))
             digest.update(part or b"")

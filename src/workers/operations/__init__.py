@@ -1,0 +1,1 @@
+"""The tools of the person on call: what needs a hand is found, looked at and mended here, never by touching tables."""

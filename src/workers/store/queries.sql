@@ -185,12 +185,18 @@ DELETE FROM heartbeats WHERE worker_id = $1 OR beat_at < clock_timestamp() - int
 SELECT pg_try_advisory_lock($1, $2);
 
 -- name: read_outbox
--- The oldest rows of the owned shards. Never "after the last one": a row that commits late has a lower number.
-SELECT o.sequence, o.id, o.aggregatetype, o.aggregateid, o.type, o.payload, o.headers, d.key, d.value,
-       d.headers AS record_headers, d.topic AS record_topic, d.partition AS record_partition,
-       d.kafka_offset AS record_offset, d.reason, d.detail, d.dead_letter_id
-FROM outbox o LEFT JOIN dead_letters d ON d.dead_letter_id = o.dead_letter_id
-WHERE o.shard = ANY($1::smallint[]) ORDER BY o.sequence LIMIT $2;
+-- The oldest rows of the owned shards, as many as stay below a number of bytes, and one at least. Never "after the last
+-- one": a row that commits late has a lower number.
+WITH oldest AS (
+    SELECT o.sequence, o.id, o.aggregatetype, o.aggregateid, o.type, o.payload, o.headers, d.key, d.value,
+           d.headers AS record_headers, d.topic AS record_topic, d.partition AS record_partition,
+           d.kafka_offset AS record_offset, d.reason, d.detail, d.dead_letter_id,
+           sum(octet_length(o.payload) + coalesce(octet_length(d.value), 0))
+               OVER (ORDER BY o.sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+    FROM (SELECT * FROM outbox WHERE shard = ANY($1::smallint[]) ORDER BY sequence LIMIT $2) o
+    LEFT JOIN dead_letters d ON d.dead_letter_id = o.dead_letter_id
+)
+SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $3 ORDER BY sequence;
 
 -- name: settle_outbox
 -- What the broker acknowledged is gone.

@@ -8,13 +8,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeAlias
 from uuid import UUID
 
 import asyncpg
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.messages.outbound import CreditChanged
+from workers.messages.outbound import CreditChanged, changed_data
 
 Pool: TypeAlias = (
     "asyncpg.Pool[asyncpg.Record]"  # a string, because only the stubs know it as generic
@@ -364,31 +365,9 @@ async def entries(
 
 
 def _changed(row: asyncpg.Record) -> CreditChanged:
+    lots, cause = json.loads(row["allocation"]), json.loads(row["cause"])
     return CreditChanged.model_validate(
-        {
-            "account_id": row["account_id"],
-            "version": row["version"],
-            "kind": row["kind"],
-            "amount": row["subscription_delta"] + row["purchased_delta"],
-            "balance": {
-                "before": row["balance_before"],
-                "after": row["balance_after"],
-                "subscription": row["subscription_after"],
-                "purchased": row["purchased_after"],
-                "held": row["held_after"],
-                "available": row["balance_after"] - row["held_after"],
-                "debt": row["debt_after"],
-            },
-            "member_id": row["member_id"],
-            "breakdown": {
-                "subscription": row["subscription_delta"],
-                "purchased": row["purchased_delta"],
-                "lots": json.loads(row["allocation"]),
-            },
-            "cause": json.loads(row["cause"]),
-            "occurred_at": row["occurred_at"],
-            "recorded_at": row["recorded_at"],
-        }
+        changed_data(SimpleNamespace(**row), lots=lots, cause=cause)
     )
 
 

@@ -12,6 +12,9 @@ from workers.messages.record import Record, Refused, decode_headers, encode_head
 from workers.store.load import Connection
 from workers.store.sql import SQL, columns
 
+# Larger than any broker of ours takes: it came compressed. Such a value stays where it is, in its topic.
+KEPT_BYTES_MAX = 16 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -142,6 +145,6 @@ def _coordinates(
         record.hash(),
         record.timestamp_at,
         record.key,
-        record.value,
+        record.value if len(record.value or b"") <= KEPT_BYTES_MAX else None,
         encode_headers(record.headers),
     )
