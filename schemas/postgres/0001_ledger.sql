@@ -7,11 +7,12 @@
 
 -- Roles: credits_owner owns the tables, credits_worker applies events, credits_reader reads the views. None
 -- can log in: a deployment grants them to its own login roles. They belong to the whole cluster, so a second
--- database finds them already made.
+-- database finds them already made, and then a login that may not make roles can migrate too.
 DO $$
 DECLARE wanted text;
 BEGIN
     FOREACH wanted IN ARRAY ARRAY['credits_owner', 'credits_worker', 'credits_reader'] LOOP
+        CONTINUE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = wanted);
         BEGIN
             EXECUTE format('CREATE ROLE %I NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE', wanted);
         EXCEPTION WHEN duplicate_object OR unique_violation THEN
@@ -27,8 +28,9 @@ EXCEPTION WHEN OTHERS THEN
     RAISE NOTICE 'roles were not granted to %: %', current_user, SQLERRM;
 END $$;
 
-CREATE SCHEMA credits;
-REVOKE ALL ON SCHEMA credits FROM PUBLIC;
+-- Everything below belongs to credits_owner, so that the login which happened to migrate owns nothing.
+CREATE SCHEMA credits AUTHORIZATION credits_owner;
+SET LOCAL ROLE credits_owner;
 SET LOCAL search_path = credits;
 
 -- An id as the contract defines it: 1–255 printable ASCII characters without spaces.
@@ -176,7 +178,8 @@ CREATE TABLE generations (
     counted_on      date,
     recorded_at     timestamptz NOT NULL,
     CONSTRAINT a_hold_has_credits_and_deadline
-        CHECK ((state = 'held') = (deadline_at IS NOT NULL) AND (state <> 'held' OR (held > 0 AND account_id IS NOT NULL))),
+        CHECK ((state = 'held') = (deadline_at IS NOT NULL) AND (state = 'held') = (held > 0)
+               AND (state <> 'held' OR account_id IS NOT NULL)),
     CONSTRAINT at_most_what_was_taken_comes_back CHECK (given_back <= taken)
 ) WITH (fillfactor = 70);
 CREATE INDEX generations_held_by_deadline ON generations (deadline_at) WHERE state = 'held';
@@ -433,3 +436,5 @@ GRANT DELETE ON outbox, parked, members, heartbeats TO credits_worker;
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA credits TO credits_worker;
 REVOKE INSERT ON user_credits, credit_transactions, organization_balances, holds FROM credits_worker;
 GRANT SELECT ON user_credits, credit_transactions, organization_balances, holds TO credits_reader;
+
+RESET ROLE;  -- the runner records this file as the login

@@ -1,0 +1,254 @@
+"""Who may do what: every role, every table, every verb, against a table written out here."""
+
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+
+from workers.batch import Ledger
+from workers.ledger.commands import Pool
+from workers.store.database import connect, open_pool
+from workers.store.migrations import migrate
+
+from . import life
+from .kit import grant, ledger_over, money
+
+VERBS = ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER", "MAINTAIN"]
+
+# The worker: adds to the journal and to its memory, never changes them; changes state; lets go of what is done.
+WORKER = {
+    "accounts": "SELECT INSERT UPDATE",
+    "lots": "SELECT INSERT UPDATE",
+    "entries": "SELECT INSERT",
+    "commands": "SELECT INSERT",
+    "generations": "SELECT INSERT UPDATE",
+    "bookings": "SELECT INSERT UPDATE",
+    "purchases": "SELECT INSERT UPDATE",
+    "payments": "SELECT INSERT UPDATE",
+    "refunds": "SELECT INSERT UPDATE",
+    "disputes": "SELECT INSERT UPDATE",
+    "subscriptions": "SELECT INSERT UPDATE",
+    "customers": "SELECT INSERT UPDATE",
+    "identities": "SELECT INSERT UPDATE",
+    "organisations": "SELECT INSERT UPDATE",
+    "members": "SELECT INSERT UPDATE DELETE",
+    "usage_days": "SELECT INSERT UPDATE",
+    "dead_letters": "SELECT INSERT UPDATE",
+    "outbox": "SELECT INSERT DELETE",
+    "parked": "SELECT INSERT UPDATE DELETE",
+    "heartbeats": "SELECT INSERT UPDATE DELETE",
+    "user_credits": "SELECT",
+    "credit_transactions": "SELECT",
+    "organization_balances": "SELECT",
+    "holds": "SELECT",
+}
+VIEWS = {"user_credits", "credit_transactions", "organization_balances", "holds"}
+EXPECTED = {
+    "credits_worker": WORKER,
+    "credits_reader": {name: "SELECT" if name in VIEWS else "" for name in WORKER},
+    "credits_owner": dict.fromkeys(WORKER, " ".join(VERBS)),
+    "credits_stranger": dict.fromkeys(WORKER, ""),
+}
+
+# What the worker must be refused when it tries, not only when the catalogue is asked.
+REFUSED_TO_THE_WORKER = [
+    "UPDATE entries SET kind = 'purchase'",
+    "UPDATE entries SET version = version",
+    "DELETE FROM entries",
+    "TRUNCATE entries",
+    "SELECT * FROM entries FOR UPDATE",
+    "UPDATE commands SET outcome = 'applied', reason = NULL",
+    "DELETE FROM commands",
+    "DELETE FROM accounts",
+    "DELETE FROM lots",
+    "DELETE FROM dead_letters",
+    "UPDATE outbox SET payload = ''",
+    "INSERT INTO credit_transactions (version) VALUES (1)",
+    "UPDATE credit_transactions SET version = 2",
+    "UPDATE user_credits SET held = 0",
+    "DROP TABLE entries",
+    "ALTER TABLE entries DISABLE TRIGGER ALL",
+    "ALTER TABLE entries OWNER TO credits_worker",
+    "DROP TRIGGER entries_are_append_only ON entries",
+    "CREATE TABLE credits.mine (id int)",
+    "CREATE TABLE public.mine (id int)",
+    "CREATE SCHEMA mine",
+    "SET session_replication_role = replica",
+    "INSERT INTO public.credits_migrations VALUES (2, '0002_mine', '')",
+]
+REFUSED_TO_THE_READER = [
+    *(f"SELECT * FROM {name}" for name in WORKER.keys() - VIEWS),
+    "UPDATE user_credits SET held = 0",
+    "DELETE FROM credit_transactions",
+    "SELECT nextval('outbox_sequence_seq')",
+    "CREATE TABLE credits.mine (id int)",
+]
+
+
+async def refused(by: asyncpg.Pool | asyncpg.Connection, statement: str) -> bool:
+    """Whether a statement is refused for want of a right, and for nothing else."""
+    try:
+        await by.execute(statement)
+    except asyncpg.InsufficientPrivilegeError:
+        return True
+    return False
+
+
+async def test_every_role_has_exactly_the_grants_of_the_table(owner: asyncpg.Connection) -> None:
+    """Each of {role × table × verb} is as written above, for whole tables and for any single column."""
+    tables = await owner.fetch(
+        "SELECT relname, oid FROM pg_class WHERE relnamespace = 'credits'::regnamespace AND relkind IN ('r', 'v', 'm', 'p')"
+    )
+    assert WORKER.keys() == {row[0] for row in tables}
+    found: dict[str, dict[str, str]] = {}
+    async with owner.transaction():
+        await owner.execute("CREATE ROLE credits_stranger")  # what PUBLIC has, everybody has
+        for role in EXPECTED:
+            found[role] = {}
+            for name, oid in tables:
+                granted = await owner.fetch(
+                    """SELECT verb FROM unnest($3::text[]) WITH ORDINALITY AS v (verb, place)
+                       WHERE has_table_privilege($1, $2::oid, verb)
+                          OR (verb IN ('SELECT', 'INSERT', 'UPDATE', 'REFERENCES')
+                              AND has_any_column_privilege($1, $2::oid, verb))
+                       ORDER BY place""",
+                    role,
+                    oid,
+                    VERBS,
+                )
+                found[role][name] = " ".join(row[0] for row in granted)
+        await owner.execute("DROP ROLE credits_stranger")
+
+    assert found == EXPECTED
+
+
+async def test_no_role_can_log_in_or_is_more_than_its_grants(owner: asyncpg.Connection) -> None:
+    """None has an attribute that goes around grants, and none is a member of another."""
+    rows = await owner.fetch(
+        """SELECT rolname, rolsuper, rolcreaterole, rolcreatedb, rolcanlogin, rolreplication, rolbypassrls
+           FROM pg_roles WHERE rolname LIKE 'credits\\_%'"""
+    )
+    assert {row[0] for row in rows} == {"credits_owner", "credits_worker", "credits_reader"}
+    assert not any(flag for row in rows for flag in tuple(row)[1:])
+    members = await owner.fetchval(
+        """SELECT count(*) FROM pg_auth_members m
+           WHERE m.member IN ('credits_worker'::regrole, 'credits_reader'::regrole, 'credits_owner'::regrole)"""
+    )
+    assert members == 0
+
+
+async def test_everything_belongs_to_the_owner(owner: asyncpg.Connection) -> None:
+    """Tables, views, sequences, domains, functions and the schema itself: not to the login that migrated."""
+    rows = await owner.fetch(
+        """SELECT 'relation ' || relname FROM pg_class
+           WHERE relnamespace = 'credits'::regnamespace AND relowner <> 'credits_owner'::regrole
+           UNION SELECT 'type ' || typname FROM pg_type
+           WHERE typnamespace = 'credits'::regnamespace AND typowner <> 'credits_owner'::regrole
+           UNION SELECT 'function ' || proname FROM pg_proc
+           WHERE pronamespace = 'credits'::regnamespace AND proowner <> 'credits_owner'::regrole
+           UNION SELECT 'schema ' || nspname FROM pg_namespace
+           WHERE nspname = 'credits' AND nspowner <> 'credits_owner'::regrole"""
+    )
+
+    assert [row[0] for row in rows] == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "role"),
+    [
+        ("USAGE", "credits_worker"),
+        ("USAGE", "credits_reader"),
+        ("", "public"),
+        ("USAGE CREATE", "credits_owner"),
+    ],
+)
+async def test_the_schema_is_open_to_its_roles_only(
+    owner: asyncpg.Connection, expected: str, role: str
+) -> None:
+    """Nobody but the owner makes anything in the schema, and strangers do not even see it."""
+    rows = await owner.fetch(
+        "SELECT verb FROM unnest(ARRAY['USAGE', 'CREATE']) AS verb WHERE has_schema_privilege($1, 'credits', verb)",
+        role,
+    )
+
+    assert expected == " ".join(row[0] for row in rows)
+
+
+async def test_the_worker_is_refused_what_it_tries(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """A worker that went mad cannot rewrite the journal, its memory, or its own rights."""
+    await ledger.apply([grant("ann", 5)])
+    async with pool.acquire() as connection:
+        await connection.execute("GRANT DELETE ON entries TO credits_worker")  # only a warning
+        for statement in REFUSED_TO_THE_WORKER:
+            assert await refused(connection, statement), statement
+
+    assert await money(owner, "ann") == (0, 5, 0, 0)
+
+
+async def test_the_reader_reads_views_and_nothing_else(ledger: Ledger, database_url: str) -> None:
+    """Readers of the old systems have their shapes, and no table behind them."""
+    await ledger.apply([grant("ann", 5)])
+    async with await open_pool(database_url, role="credits_reader", name="tests") as reader:
+        for view in VIEWS:
+            await reader.fetch(f"SELECT * FROM {view}")
+        for statement in REFUSED_TO_THE_READER:
+            assert await refused(reader, statement), statement
+
+        row = await reader.fetchrow("SELECT user_id, balance, available FROM user_credits")
+    assert tuple(row) == ("ann", 5, 5)
+
+
+@pytest.mark.parametrize("role", ["credits_worker", "credits_reader", "credits_owner"])
+async def test_no_connection_can_wait_for_ever(database_url: str, role: Pool) -> None:
+    """Every connection of ours is of its role, in UTC, and bounded in every wait that PostgreSQL knows."""
+    connection = await connect(database_url, role=role, name="tests")
+    shown = {
+        name: await connection.fetchval(f"SHOW {name}")
+        for name in (
+            "role",
+            "search_path",
+            "timezone",
+            "statement_timeout",
+            "lock_timeout",
+            "idle_in_transaction_session_timeout",
+            "application_name",
+        )
+    }
+    await connection.close()
+
+    assert shown == {
+        "role": role,
+        "search_path": "credits",
+        "timezone": "UTC",
+        "statement_timeout": "10s",
+        "lock_timeout": "5s",
+        "idle_in_transaction_session_timeout": "15s",
+        "application_name": "tests",
+    }
+
+
+async def test_a_login_without_superuser_rights_can_migrate_and_work(
+    servers, owner: asyncpg.Connection
+) -> None:
+    """What a deployment has: a login that was granted the three roles, and a database of its own."""
+    parts = urlsplit(servers.database_url)
+    await owner.execute("CREATE ROLE tests_login LOGIN PASSWORD 'tests' NOSUPERUSER")
+    try:
+        await owner.execute("GRANT credits_owner, credits_worker, credits_reader TO tests_login")
+        await owner.execute("CREATE DATABASE tests_of_login OWNER tests_login")
+        netloc = f"tests_login:tests@{parts.hostname}:{parts.port}"
+        url = urlunsplit(parts._replace(netloc=netloc, path="/tests_of_login"))
+
+        assert await migrate(url) == ["0001_ledger"]
+        async with await open_pool(url, name="tests") as pool:
+            await ledger_over(pool).apply([*life.first()[:4]])
+            balance = await pool.fetchval(
+                "SELECT purchased FROM accounts WHERE account_id = 'user:ann'"
+            )
+
+        assert balance == 100
+    finally:
+        await owner.execute("DROP DATABASE IF EXISTS tests_of_login WITH (FORCE)")
+        await owner.execute("DROP ROLE tests_login")
