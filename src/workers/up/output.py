@@ -83,7 +83,7 @@ class Output:
         lines = [
             f"Ready in {seconds:.1f} s",
             "",
-            f"  console         {stack.http_url}/console",
+            f"  gateway         {stack.http_url}",
             f"  interface       {stack.http_url}/openapi.json",
             f"  read token      {secret['read_token']}",
             f"  admin token     {secret['admin_token']}",
