@@ -168,12 +168,13 @@ class Relay:
         """Hand a row to the producer. One that it will not take fails alone: the rows of other keys go on."""
         try:
             sending: Awaitable[RecordMetadata] = await producer.send(**self._message(row))
-            return sending
         except (KafkaError, AssertionError, TypeError, ValueError) as error:
             log.critical("row_not_sent", sequence=row["sequence"], topic=row["aggregatetype"])
             refused: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
             refused.set_exception(KafkaError(f"{type(error).__name__}: the producer refused a row"))
             return refused
+        else:
+            return sending
 
     def _message(self, row: asyncpg.Record) -> dict[str, Any]:
         topic = self._settings.topic(row["aggregatetype"])
