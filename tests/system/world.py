@@ -441,8 +441,6 @@ class World:
         producer: AIOKafkaProducer | None = None,
     ) -> Place:
         """Publish any bytes; where they are now."""
-        if value is None and key is None:
-            key = b"k"  # the client library refuses a record of nothing at all
         sent = await (producer or self._producer).send_and_wait(
             self.settings.topic(topic),
             value,
@@ -459,13 +457,14 @@ class World:
         records: Sequence[tuple[bytes | None, Headers]],
         *,
         partition: int,
+        key: bytes | None = b"k",
         producer: AIOKafkaProducer | None = None,
     ) -> list[Place]:
         """Publish records as one Kafka batch, which a worker therefore gets in one piece; where they are."""
         sender = producer or self._producer
         batch = sender.create_batch()
         for value, headers in records:
-            added = batch.append(key=b"k", value=value, timestamp=None, headers=list(headers))
+            added = batch.append(key=key, value=value, timestamp=None, headers=list(headers))
             assert added is not None, "the batch is full"
         sent = await (
             await sender.send_batch(batch, self.settings.topic(topic), partition=partition)
