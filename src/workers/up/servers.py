@@ -5,6 +5,7 @@ from another thread ends a start that is under way.
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,6 +80,10 @@ class _Embedded:
         self._stack = EmbeddedStack(settings.home.absolute(), report=say)
 
     def start(self) -> Addresses:
+        from workers.embedded import fetch
+
+        if sys.stderr.isatty():
+            fetch()  # with a bar, for whoever looks; elsewhere the stack's own sentences tell it
         servers = self._stack.start()
         return Addresses(
             servers.database_url,
