@@ -150,7 +150,7 @@ FRAUDS = [
     ("a lot was filled", "UPDATE lots SET granted = granted + 1, remaining = remaining + 1"),
     ("a lot was given away", "UPDATE lots SET account_id = 'user:bob'"),
     ("a hold was shortened", "UPDATE generations SET held = 1 WHERE generation_id = 'g1'"),
-    ("a hold was ended", "UPDATE generations SET state = 'lapsed', deadline_at = NULL WHERE generation_id = 'g1'"),
+    ("a hold was ended", "UPDATE generations SET state = 'lapsed', deadline_at = NULL, held = 0 WHERE generation_id = 'g1'"),
 ]  # fmt: skip
 
 

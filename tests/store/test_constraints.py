@@ -1,0 +1,296 @@
+"""Every constraint of the schema, each broken by one statement that breaks nothing else.
+
+The database says every invariant again that the ledger keeps: a bug in the one is found by the other. The table
+below must name all of them, so a constraint that is added without a proof is found too.
+"""
+
+import json
+from typing import Any, get_args
+
+import asyncpg
+import pytest
+
+from workers.batch import Ledger
+from workers.ledger.model import Kind
+from workers.ledger.outcomes import Reason
+from workers.messages.record import DeadReason
+from workers.store.database import open_pool
+
+from . import life
+from .kit import event, pack, record
+
+# One row of each table that a life of the ledger does not fill yet.
+ROWS = """
+INSERT INTO payments (payment_id, recorded_at) VALUES ('pi_1', now());
+INSERT INTO refunds VALUES ('re_1', 'pi_1', 5, 'pending', now(), now());
+INSERT INTO disputes (dispute_id, payment_id, amount, status, event_at, recorded_at)
+    VALUES ('du_1', 'pi_1', 5, 'needs_response', now(), now());
+INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_1', 'active', now(), now());
+INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(), now());
+INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
+INSERT INTO members VALUES ('o1', 'ann');
+INSERT INTO heartbeats VALUES (gen_random_uuid(), 1, '{}', now(), now());
+"""
+
+ANN = "account_id = 'user:ann'"
+FIRST = f"{ANN} AND version = 1"
+HELD = "state = 'held'"
+ENDED = "state = 'completed' AND taken > 0"
+
+# Constraint → the table, a row of it, and what of a copy of that row is changed.
+BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "accounts_pkey": ("accounts", ANN, {}),
+    "accounts_state_check": ("accounts", ANN, {"state": "gone"}),
+    "accounts_version_check": ("accounts", ANN, {"version": -1}),
+    "debt_takes_unheld_credits_first": ("accounts", ANN, {"debt": 1}),
+    "heir_is_another": ("accounts", ANN, {"state": "merged", "merged_into": "user:ann"}),
+    "accounts.held_is_owned": ("accounts", ANN, {"held": 10**6}),
+    "merged_names_its_heir": ("accounts", ANN, {"state": "merged"}),
+    "merged_names_its_heir 2": ("accounts", ANN, {"merged_into": "user:bob"}),
+    "credits_held_or_owned_check": ("accounts", ANN, {"purchased": -1}),
+    "owner_id_check": ("accounts", ANN, {"account_id": "ann"}),
+    "external_id_check": ("bookings", "true", {"booking_id": ""}),
+    "entries_pkey": ("entries", FIRST, {}),
+    "entries_version_check": ("entries", FIRST, {"version": 0}),
+    "entries_kind_check": ("entries", FIRST, {"kind": "gift"}),
+    "entries_hash_check": ("entries", FIRST, {"hash": "\\x00"}),
+    "before_and_after_add_up": ("entries", f"{ANN} AND version = 2", {"balance_before": 10**6}),
+    "pools_are_the_balance": ("entries", FIRST, {"purchased_after": 10**6}),
+    "entries.held_is_owned": ("entries", FIRST, {"held_after": 10**6}),
+    "first_entry_starts_the_chain": ("entries", FIRST, {"previous_hash": "\\x00"}),
+    "lots_pkey": ("lots", "open", {}),
+    "lots_account_id_fkey": ("lots", "open", {"lot_id": "00000000-0000-7000-8000-000000000001", "account_id": "user:nobody"}),
+    "lots_pool_check": ("lots", "open", {"pool": "bonus"}),
+    "lots_granted_check": ("lots", "NOT open", {"granted": 0, "expired": 0, "clawed": 0}),
+    "held_remains": ("lots", "open", {"held": 10**6}),
+    "remainder_was_granted": ("lots", "open", {"expired": 10**6}),
+    "remainder_was_granted 2": ("lots", "open", {"clawed": 10**6}),
+    "open_until_used_up": ("lots", "open", {"open": False}),
+    "open_until_used_up 2": ("lots", "NOT open", {"open": True}),
+    "commands_pkey": ("commands", "true", {}),
+    "commands_outcome_check": ("commands", "outcome = 'applied'", {"outcome": "lost"}),
+    "only_a_rejection_has_a_reason": ("commands", "outcome = 'applied'", {"reason": "daily_limit"}),
+    "only_a_rejection_has_a_reason 2": ("commands", "outcome = 'rejected'", {"reason": None}),
+    "reason_is_of_the_contract": ("commands", "outcome = 'rejected'", {"reason": "because"}),
+    "generations_pkey": ("generations", "true", {}),
+    "generations_state_check": ("generations", ENDED, {"state": "paused"}),
+    "a_hold_has_credits_and_deadline": ("generations", HELD, {"deadline_at": None}),
+    "a_hold_has_credits_and_deadline 2": ("generations", HELD, {"held": 0}),
+    "a_hold_has_credits_and_deadline 3": ("generations", HELD, {"account_id": None}),
+    "a_hold_has_credits_and_deadline 4": ("generations", ENDED, {"deadline_at": "2026-01-01T00:00:00Z"}),
+    "a_hold_has_credits_and_deadline 5": ("generations", ENDED, {"held": 1}),
+    "at_most_what_was_taken_comes_back": ("generations", ENDED, {"given_back": 10**6}),
+    "bookings_pkey": ("bookings", "true", {}),
+    "bookings_state_check": ("bookings", "true", {"state": "paused"}),
+    "at_most_the_price_comes_back": ("bookings", "true", {"given_back": 10**6}),
+    "two_parties": ("bookings", "client_account IS NOT NULL", {"client_account": "user:x", "practitioner_account": "user:x"}),
+    "purchases_pkey": ("purchases", "true", {}),
+    "purchases_paid_check": ("purchases", "true", {"paid": -1}),
+    "payments_pkey": ("payments", "true", {}),
+    "payments_paid_check": ("payments", "true", {"paid": -1}),
+    "payments_refunded_total_check": ("payments", "true", {"refunded_total": -1}),
+    "refunds_pkey": ("refunds", "true", {}),
+    "refunds_amount_check": ("refunds", "true", {"amount": -1}),
+    "disputes_pkey": ("disputes", "true", {}),
+    "disputes_amount_check": ("disputes", "true", {"amount": -1}),
+    "subscriptions_pkey": ("subscriptions", "true", {}),
+    "customers_pkey": ("customers", "true", {}),
+    "identities_pkey": ("identities", "true", {}),
+    "organisations_pkey": ("organisations", "true", {}),
+    "organisations_mode_check": ("organisations", "true", {"mode": "solo"}),
+    "members_pkey": ("members", "true", {}),
+    "members_organization_id_fkey": ("members", "true", {"organization_id": "nobody"}),
+    "members_period_check": ("members", "true", {"period": "year"}),
+    "usage_days_pkey": ("usage_days", "true", {}),
+    "usage_days_generations_check": ("usage_days", "true", {"generations": -1}),
+    "dead_letters_pkey": ("dead_letters", "true", {"kafka_offset": -1}),
+    "dead_letters_topic_partition_kafka_offset_record_hash_key": ("dead_letters", "true", {"dead_letter_id": -1}),
+    "dead_letters_reason_check": ("dead_letters", "true", {"reason": "because"}),
+    "dead_letters_state_check": ("dead_letters", "true", {"state": "lost"}),
+    "dead_letters_attempts_check": ("dead_letters", "true", {"attempts": 0}),
+    "parked_pkey": ("parked", "true", {"kafka_offset": -1}),
+    "parked_topic_partition_kafka_offset_record_hash_key": ("parked", "true", {"parked_id": -1}),
+    "parked_dead_letter_id_key": ("parked", "dead_letter_id IS NOT NULL", {"parked_id": -1, "kafka_offset": -1}),
+    "parked_dead_letter_id_fkey": ("parked", "true", {"parked_id": -1, "kafka_offset": -1, "dead_letter_id": -1}),
+    "outbox_pkey": ("outbox", "true", {}),
+    "outbox_dead_letter_id_fkey": ("outbox", "true", {"sequence": -1, "dead_letter_id": -1}),
+    "heartbeats_pkey": ("heartbeats", "true", {}),
+}  # fmt: skip
+
+
+@pytest.fixture
+async def books(ledger: Ledger, owner: asyncpg.Connection) -> asyncpg.Connection:
+    """A database with a row of every kind in every table, seen by a superuser."""
+    link = event("user.linked", user_id="cat", provider="stripe", external_id="cus_cat")
+    await ledger.apply([link, *life.first()[:2]])
+    await ledger.apply(
+        [*life.first()[2:], record("booking.events", b"{", {}), pack("cs_9", "cus_9")]
+    )
+    await ledger.apply(life.second())
+    await owner.execute(ROWS)
+    await owner.execute(
+        """INSERT INTO parked (topic, partition, kafka_offset, record_hash, headers, detail, dead_letter_id,
+                               parked_at, next_attempt_at, deadline_at)
+           SELECT topic, partition, kafka_offset, record_hash, headers, detail, dead_letter_id, now(), now(), now()
+           FROM dead_letters"""
+    )
+    return owner
+
+
+async def broken(
+    connection: asyncpg.Connection, table: str, where: str, changes: dict[str, Any]
+) -> asyncpg.PostgresError | None:
+    """The error of inserting a copy of one row with some columns changed; the copy is undone."""
+    statement = f"""
+        WITH one AS (SELECT * FROM {table} WHERE {where} LIMIT 1)
+        INSERT INTO {table} OVERRIDING SYSTEM VALUE
+        SELECT (jsonb_populate_record(one::{table}, $1)).* FROM one RETURNING 1"""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        assert await connection.fetch(statement, json.dumps(changes)), f"{table} has no row {where}"
+    except asyncpg.PostgresError as error:
+        return error
+    finally:
+        await transaction.rollback()
+    return None
+
+
+async def test_every_constraint_refuses_what_it_is_there_for(books: asyncpg.Connection) -> None:
+    """A copy of a good row with one thing wrong is refused by the constraint of that thing."""
+    found = {}
+    for name, (table, where, changes) in BREAKS.items():
+        error = await broken(books, table, where, changes)
+        found[name] = getattr(error, "constraint_name", repr(error))
+
+    assert found == {name: name.split(" ")[0].split(".")[-1] for name in BREAKS}
+
+
+async def test_no_constraint_is_left_out(owner: asyncpg.Connection) -> None:
+    """Each check, key and reference of the schema is in the table of breaks; only NOT NULLs are not."""
+    rows = await owner.fetch(
+        """SELECT coalesce(conrelid::regclass::text, contypid::regtype::text), conname FROM pg_constraint
+           WHERE connamespace = 'credits'::regnamespace AND contype <> 'n'"""
+    )
+    shared = {"held_is_owned"}
+    names = {f"{table}.{name}" if name in shared else name for table, name in rows}
+
+    assert names == {name.split(" ")[0] for name in BREAKS}
+
+
+@pytest.mark.parametrize(
+    ("domain", "good", "bad"),
+    [
+        (
+            "owner_id",
+            ["user:a", "org:a", "user:" + "a" * 255, "user:user:a", "org:!~"],
+            ["", "a", "user:", "org:", "team:a", "user:a b", "user:ü", "user:a\n", "\nuser:a", " user:a",
+             "USER:a", "user:" + "a" * 256],
+        ),
+        ("external_id", ["a", "a" * 255, "!~"], ["", " ", "a b", "ü", "a\n", "\t", "a" * 256]),
+        ("credits_held_or_owned", [0, 1, 2**63 - 1], [-1, -(2**63)]),
+    ],
+)  # fmt: skip
+async def test_every_domain_takes_what_it_means_and_nothing_else(
+    owner: asyncpg.Connection, domain: str, good: list[Any], bad: list[Any]
+) -> None:
+    """A newline at the end, a capital or a space is another id, and no total is below zero."""
+    kind = "bigint" if isinstance(good[0], int) else "text"
+    for value in good:
+        assert value == await owner.fetchval(f"SELECT $1::{kind}::{domain}", value)
+    for value in bad:
+        with pytest.raises(asyncpg.CheckViolationError):
+            await owner.fetchval(f"SELECT $1::{kind}::{domain}", value)
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "column", "values"),
+    [
+        ("entries", FIRST, "kind", get_args(Kind)),
+        ("commands", "outcome = 'rejected'", "reason", get_args(Reason)),
+        ("dead_letters", "true", "reason", get_args(DeadReason)),
+    ],
+)
+async def test_closed_sets_are_the_same_in_the_ledger_and_the_database(
+    books: asyncpg.Connection, table: str, where: str, column: str, values: tuple[str, ...]
+) -> None:
+    """What the code may write the database takes, and it takes nothing that the code does not know."""
+    keys = {"entries": {"version": 10**6}, "commands": {"key": "new"}, "dead_letters": {"dead_letter_id": -1, "kafka_offset": -1}}  # fmt: skip
+    definition = await books.fetchval(
+        """SELECT pg_get_constraintdef(oid) FROM pg_constraint
+           WHERE conrelid = $1::text::regclass AND contype = 'c' AND pg_get_constraintdef(oid) ~ ('\\(' || $2::text || ' = ANY')""",
+        table,
+        column,
+    )
+    assert definition.count("::text") == len(values)
+
+    for value in values:
+        assert await broken(books, table, where, {**keys[table], column: value}) is None
+
+
+# -- the journal is append-only ------------------------------------------------------------------------------------
+
+REWRITES = [
+    "UPDATE entries SET kind = 'purchase' WHERE version = 1",
+    "UPDATE entries SET version = version",
+    "UPDATE ONLY entries SET cause = '{}'",
+    "DELETE FROM entries WHERE version = 1",
+    "DELETE FROM entries",
+    "TRUNCATE entries",
+    "TRUNCATE entries, commands",
+    "UPDATE credit_transactions SET version = 99",
+    "DELETE FROM credit_transactions",
+    """MERGE INTO entries e USING (SELECT 1) s ON e.version = 1 WHEN MATCHED THEN DELETE""",
+    """INSERT INTO entries SELECT * FROM entries LIMIT 1
+       ON CONFLICT (account_id, version) DO UPDATE SET kind = 'purchase'""",
+    "WITH gone AS (DELETE FROM entries RETURNING 1) SELECT count(*) FROM gone",
+]
+
+
+async def survives(
+    connection: asyncpg.Connection | asyncpg.pool.PoolConnectionProxy, statement: str
+) -> bool:
+    """Whether the journal refuses a statement."""
+    try:
+        async with connection.transaction():
+            await connection.execute(statement)
+    except asyncpg.InsufficientPrivilegeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("role", ["credits_worker", "credits_reader", "credits_owner"])
+async def test_no_role_of_ours_rewrites_the_journal(
+    books: asyncpg.Connection, database_url: str, role: Any
+) -> None:
+    """Worker and reader lack the right, the owner meets the trigger."""
+    before = await books.fetch("SELECT * FROM entries")
+    async with (
+        await open_pool(database_url, role=role, name="tests") as pool,
+        pool.acquire() as one,
+    ):
+        for statement in REWRITES:
+            assert await survives(one, statement), statement
+
+    assert before == await books.fetch("SELECT * FROM entries")
+
+
+@pytest.mark.parametrize("setting", ["origin", "replica", "local"])
+async def test_not_even_a_superuser_rewrites_the_journal_by_accident(
+    books: asyncpg.Connection, setting: str
+) -> None:
+    """The triggers fire for a superuser, and also in the mode in which a replica applies changes."""
+    before = await books.fetch("SELECT * FROM entries")
+    await books.execute(f"SET session_replication_role = {setting}")
+    for statement in REWRITES:
+        assert await survives(books, statement), statement
+
+    assert before == await books.fetch("SELECT * FROM entries")
+
+
+async def test_refusing_a_rewrite_says_what_to_do_instead(books: asyncpg.Connection) -> None:
+    """The message names the operation and the way that is open."""
+    with pytest.raises(
+        asyncpg.InsufficientPrivilegeError, match="DELETE is refused; correct a mistake with"
+    ):
+        await books.execute("DELETE FROM entries")
