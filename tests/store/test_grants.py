@@ -1,5 +1,6 @@
 """Who may do what: every role, every table, every verb, against a table written out here."""
 
+import secrets
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -234,12 +235,13 @@ async def test_a_login_without_superuser_rights_can_migrate_and_work(
 ) -> None:
     """What a deployment has: a login that was granted the three roles, and a database of its own."""
     parts = urlsplit(servers.database_url)
-    await owner.execute("CREATE ROLE tests_login LOGIN PASSWORD 'tests' NOSUPERUSER")
+    login = f"tests_{secrets.token_hex(6)}"
+    await owner.execute(f"CREATE ROLE {login} LOGIN PASSWORD 'tests' NOSUPERUSER")
     try:
-        await owner.execute("GRANT credits_owner, credits_worker, credits_reader TO tests_login")
-        await owner.execute("CREATE DATABASE tests_of_login OWNER tests_login")
-        netloc = f"tests_login:tests@{parts.hostname}:{parts.port}"
-        url = urlunsplit(parts._replace(netloc=netloc, path="/tests_of_login"))
+        await owner.execute(f"GRANT credits_owner, credits_worker, credits_reader TO {login}")
+        await owner.execute(f"CREATE DATABASE {login} OWNER {login}")
+        netloc = f"{login}:tests@{parts.hostname}:{parts.port}"
+        url = urlunsplit(parts._replace(netloc=netloc, path=f"/{login}"))
 
         assert await migrate(url) == ["0001_ledger"]
         async with await open_pool(url, name="tests") as pool:
@@ -250,5 +252,5 @@ async def test_a_login_without_superuser_rights_can_migrate_and_work(
 
         assert balance == 100
     finally:
-        await owner.execute("DROP DATABASE IF EXISTS tests_of_login WITH (FORCE)")
-        await owner.execute("DROP ROLE tests_login")
+        await owner.execute(f"DROP DATABASE IF EXISTS {login} WITH (FORCE)")
+        await owner.execute(f"DROP ROLE {login}")
