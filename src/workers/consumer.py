@@ -50,8 +50,9 @@ BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.05, 2.0
 PROBE_SECONDS = 1.0
 # How long a rebalance waits for the batch in flight, so that its records need not be read twice.
 REVOKE_SECONDS = 5.0
-# A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again.
-STOP_SECONDS = 15.0
+# A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again. Whoever
+# stops workers must wait a little longer than this before killing them.
+STOP_SECONDS = 6.0
 
 
 class Consumer:
