@@ -27,6 +27,9 @@ PARKED_SECONDS = 3600
 RECEIVED_AT = datetime(2026, 11, 21, 10, tzinfo=UTC)
 CATALOGUE = parse_catalogue(DEFAULT_CATALOGUE)
 
+# True while a session of this database waits for a lock that another one holds.
+SOMEBODY_WAITS = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
 _numbers = itertools.count(1)
 
 
@@ -238,3 +241,9 @@ async def decided(connection: asyncpg.Connection) -> list[tuple[str, str, str]]:
 def chunks(works: Sequence[Work], size: int) -> list[Sequence[Work]]:
     """Batches of at most so many records."""
     return [works[start : start + size] for start in range(0, len(works), size)]
+
+
+async def until(connection: asyncpg.Connection, question: str) -> None:
+    """Ask the database until it says yes: the test's own time limit ends a question without an answer."""
+    while not await connection.fetchval(question):
+        pass
