@@ -19,9 +19,6 @@ from .kit import (
     request,
 )
 
-USERS = ["ann", "bob", "cat", "fay"]
-GENERATIONS = ["g1", "g2", "g3", "g4", "g5", "g6", "g7", "g8"]
-BOOKINGS = ["b1", "b2", "b9"]
 SOON = "2099-01-01T00:00:00Z"
 PERIOD = (RECEIVED_AT, RECEIVED_AT + timedelta(days=36_500))
 NEXT_PERIOD = (PERIOD[0] + timedelta(days=30), PERIOD[1] + timedelta(days=30))
@@ -47,6 +44,7 @@ def first() -> list[Work]:
         request("g6", "fay"),
         request("g7", "fay"),
         complete("g8", "cat", kind="video"),
+        request("g9", "cat"),  # outlives the period that it is held in
         book("b1", "ann", "bob", 30),
         book("b2", "cat", "bob", 5),
         cancel("b9", client_id="ann"),  # before its request

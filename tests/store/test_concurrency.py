@@ -10,6 +10,7 @@ import pytest
 
 from workers.batch import Ledger, Report
 from workers.store.database import open_pool
+from workers.store.load import Wanted, load
 from workers.store.set_aside import Work
 
 from .journal import problems
@@ -90,22 +91,19 @@ async def test_opposite_bookings_never_deadlock_and_conserve_every_credit(
 
 
 async def test_accounts_that_nobody_has_seen_are_made_without_deadlock(
-    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
+    pool: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:
-    """Batches that create the same new accounts in different orders wait for each other in one order."""
-    dice = random.Random(7)
-    batches = []
-    for number in range(60):
-        users = [f"new{number // 3 * 10 + other}" for other in range(10)]
-        dice.shuffle(users)
-        batches.append([grant(user, 1) for user in users])
+    """Batches that need the same new accounts make them in one order, whatever order they name them in."""
 
-    reports = await at_once(ledger, batches)
+    async def make(names: frozenset[str]) -> None:
+        async with pool.acquire() as connection, connection.transaction():
+            await load(connection, Wanted(names, (), (), (), ()))
 
-    assert outcomes(reports) == {"applied": 600}
-    assert await owner.fetchval("SELECT count(*) FROM accounts") == 200
-    assert await owner.fetchval("SELECT count(*) FROM accounts WHERE purchased = 3") == 200
-    assert await problems(owner) == []
+    for number in range(15):
+        names = frozenset(f"user:new{number}-{other}" for other in range(500))
+        await asyncio.gather(*(make(names) for _ in range(CONNECTIONS)))
+
+    assert await owner.fetchval("SELECT count(*) FROM accounts") == 7500
     assert await deadlocks(owner, pool) == 0
 
 
