@@ -127,14 +127,18 @@ class Ledger:
             OSError, asyncpg errors: the database is away, busy or not ours to use (`failures.classify`).
             TooManyRefused: the database refuses record after record.
         """
-        readings = [(work, self._read(work)) for work in works]
-        try:
-            report = await self._loading_anew(lambda: self._apply_read(readings))
-        except Exception as error:
-            if classify(error)[0] in STOPPING:
-                raise
-            return await self._split(works, error)
-        self._refused_in_a_row = 0
+        refused: list[tuple[Work, Exception]] = []
+        report = await self._apply_or_split(works, refused)
+        if not refused:
+            self._refused_in_a_row = 0
+            return report
+        # What is refused waits for its neighbours: that they were applied proves that the fault is these records' own.
+        self._refused_in_a_row = (
+            0 if len(refused) < len(works) else self._refused_in_a_row + len(refused)
+        )
+        if self._refused_in_a_row > REFUSED_IN_A_ROW_MAX:
+            raise TooManyRefused(describe(refused[-1][1])) from refused[-1][1]
+        report.add(await self._apply_read([(work, _refusal(error)) for work, error in refused]))
         return report
 
     async def apply_parked(self, limit: int) -> Report | None:
@@ -240,17 +244,23 @@ class Ledger:
         report.seconds = time.perf_counter() - started
         return report
 
-    async def _split(self, works: Sequence[Work], error: Exception) -> Report:
-        """Halve until the record is alone that the database refuses, and keep that one as a dead letter."""
-        if len(works) > 1:
-            middle = len(works) // 2
-            report = await self.apply(works[:middle])
-            report.add(await self.apply(works[middle:]))
-            return report
-        self._refused_in_a_row += 1
-        if self._refused_in_a_row > REFUSED_IN_A_ROW_MAX:
-            raise TooManyRefused(describe(error)) from error
-        return await self._apply_read([(works[0], _refusal(error))])
+    async def _apply_or_split(
+        self, works: Sequence[Work], refused: list[tuple[Work, Exception]]
+    ) -> Report:
+        """Apply records, halving what the database refuses until the record is alone that it means."""
+        readings = [(work, self._read(work)) for work in works]
+        try:
+            return await self._loading_anew(lambda: self._apply_read(readings))
+        except Exception as error:
+            if classify(error)[0] in STOPPING:
+                raise
+            if len(works) == 1:
+                refused.append((works[0], error))
+                return Report()
+        middle = len(works) // 2
+        report = await self._apply_or_split(works[:middle], refused)
+        report.add(await self._apply_or_split(works[middle:], refused))
+        return report
 
     async def _apply_in(
         self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
