@@ -209,6 +209,7 @@ class Consumer:
             subscription.pause()
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._resume_when_answered(), name="database-probe")
+            self._probe.add_done_callback(self._probe_ended)
 
     async def _resume_when_answered(self) -> None:
         while not await self._database_answers():  # noqa: ASYNC110 - nobody else can tell us
@@ -218,6 +219,11 @@ class Consumer:
         for subscription in self._subscriptions.values():
             subscription.resume()
         log.info("resumed")
+
+    def _probe_ended(self, probe: asyncio.Task[None]) -> None:
+        """Without its probe a stalled worker would stay so for ever."""
+        if not probe.cancelled() and (error := probe.exception()) is not None:
+            self._on_fault(error)
 
     @property
     def stalled(self) -> bool:

@@ -42,6 +42,7 @@ ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 POLL_SECONDS = 0.05
 SHARDS_SECONDS = 2.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
+STEADY_SECONDS = 5.0
 # A batch that is not acknowledged for so long is given up with its producer, and sent again by a new one.
 DELIVERY_SECONDS = 20.0
 # A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
@@ -74,7 +75,9 @@ class Relay:
     async def run(self) -> None:
         """Publish until cancelled. Whatever fails, connection and producer are made anew after a back-off."""
         backoff = BACKOFF_SECONDS_MIN
+        clock = asyncio.get_running_loop().time
         while True:
+            started = clock()
             try:
                 await self._publish_until_failure()
             except (
@@ -83,11 +86,12 @@ class Relay:
                 KafkaError,
                 asyncpg.PostgresError,
                 asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
             ) as error:
                 telemetry.PUBLISH_FAILURES.inc()
+                if clock() - started > STEADY_SECONDS:
+                    backoff = BACKOFF_SECONDS_MIN  # it ran well until now: this is a new trouble
                 log.warning("relay_restarted", backoff_seconds=backoff, exc_info=error)
-            else:
-                backoff = BACKOFF_SECONDS_MIN
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
 

@@ -66,7 +66,13 @@ async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
     try:
         async with pool.acquire(timeout=2) as connection:
             read_only = await connection.fetchval("SHOW transaction_read_only", timeout=2)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except (
+        OSError,
+        TimeoutError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+    ):
         return False
     return bool(read_only == "off")
 

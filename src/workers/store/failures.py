@@ -63,10 +63,15 @@ def classify(error: BaseException) -> tuple[Verdict, str]:
         if code in TRANSIENT_CODES or code[:2] in TRANSIENT_CLASSES:
             return "transient", code
         return ("fatal" if code[:2] in FATAL_CLASSES else "permanent"), code or type(error).__name__
-    # asyncpg's InterfaceError has no code. It says that a connection is gone, and also that a value cannot be
-    # encoded or that arguments are missing: those would fail again for ever.
-    if isinstance(error, asyncpg.InterfaceError) and re.search(r"connection|pool", str(error)):
+    # asyncpg's InterfaceError has no code. It says that a connection is gone or not fit for use, and also that a
+    # value cannot be encoded or that arguments are missing: those would fail again for ever. Its InternalClientError
+    # is what a session that the server ends in the middle of a statement may leave behind.
+    if isinstance(error, asyncpg.InterfaceError) and re.search(
+        r"connection|pool|another operation", str(error)
+    ):
         return "transient", "interface_error"
+    if isinstance(error, asyncpg.InternalClientError):
+        return "transient", "client_error"
     if isinstance(error, (OSError, TimeoutError)):
         return "transient", "connection"
     return "permanent", type(error).__name__
