@@ -1,4 +1,4 @@
-"""One deployment for each module that asks for `world`; `PARTITIONS` in the module says how wide."""
+"""One deployment for each module that asks for `world`; `WORLD` in the module says what is particular about it."""
 
 from collections.abc import AsyncIterator
 
@@ -14,6 +14,5 @@ async def world(
     request: pytest.FixtureRequest, servers: Servers, migrated_database: str
 ) -> AsyncIterator[World]:
     """Topics, database, gateway and subscriber; whether there are workers is the module's business."""
-    partitions = getattr(request.module, "PARTITIONS", 2)
-    async with World.open(servers, migrated_database, partitions=partitions) as world:
+    async with World.open(servers, migrated_database, **request.module.WORLD) as world:
         yield world

@@ -11,7 +11,7 @@ import pytest
 from . import stripe_events as stripe
 from .world import ACCOUNT, BOOKING, GENERATION, STRIPE, World, attributes
 
-PARTITIONS = 2
+WORLD = {"partitions": 2}
 # What the product promises for holds past their deadline, and for what waited for an owner.
 PROMISED = timedelta(seconds=5)
 

@@ -24,7 +24,7 @@ from .world import (
     signature,
 )
 
-PARTITIONS = 1
+WORLD = {"partitions": 1}
 MALFORMED, UNSUPPORTED, TOO_LARGE, FOREIGN = (
     "malformed",
     "unsupported_version",

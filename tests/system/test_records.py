@@ -21,7 +21,7 @@ from .world import (
     attributes,
 )
 
-PARTITIONS = 3
+WORLD = {"partitions": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,6 +28,7 @@ import httpx
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError
 from structlog._config import BoundLoggerLazyProxy
 
 from workers.embedded import Servers
@@ -187,6 +188,11 @@ class InProcess:
         """What ended it, if it ended by itself."""
         return self._task.exception() if self._task.done() and not self._task.cancelled() else None
 
+    async def ended(self) -> BaseException | None:
+        """Wait until it ends by itself; what it failed with."""
+        await asyncio.wait({self._task})
+        return self.fault
+
     async def stop(self) -> None:
         """End it in order. Raises what it failed with, if it did."""
         self._stop.set()
@@ -261,7 +267,7 @@ class Process:
         if self._process.returncode is None:
             self._process.terminate()
         await self._reader
-        if not self._killed:
+        if self.logs.of("worker_started") and not self._killed:
             assert self._process.returncode == 0, self.logs.lines[-5:]
 
 
@@ -327,6 +333,8 @@ class World:
             world.admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
             await world.admin.start()
             stack.push_async_callback(world.admin.close)
+            for topic in INBOUND_TOPICS:
+                await eventually(lambda topic=topic: world._is_coordinated(topic))
             world.http = await stack.enter_async_context(_gateway(world.settings))
             await stack.enter_async_context(world._subscribed())
             stack.push_async_callback(world.stop_workers)
@@ -719,11 +727,22 @@ class World:
 
     async def members(self, topic: str) -> dict[str, set[int]]:
         """The members of a topic's group and the partitions of each; empty while the group is unstable."""
-        response, *_ = await self.admin.describe_consumer_groups([self._group(topic)])
+        try:
+            response, *_ = await self.admin.describe_consumer_groups([self._group(topic)])
+        except KafkaError:  # the group's coordinator is being found, or nobody has joined yet
+            return {}
         (_error, _group, state, _type, _protocol, members, *_rest) = response.groups[0]
         if state != "Stable":
             return {}
         return {member[0]: _assigned(member[-1]) for member in members}
+
+    async def _is_coordinated(self, topic: str) -> bool:
+        """Whether the broker has found out who keeps the offsets of a group; a fresh one takes a moment."""
+        try:
+            await self.admin.find_coordinator(self._group(topic))
+        except KafkaError:
+            return False
+        return True
 
     def _group(self, topic: str) -> str:
         return f"{self.settings.topic_prefix}credit-workers.{topic}"
@@ -806,6 +825,73 @@ def attributes(type_: str, id_: str) -> list[tuple[str, bytes | None]]:
         ("ce_id", id_.encode()),
         ("content-type", b"application/json"),
     ]
+
+
+class Door:
+    """A TCP address that leads to a server while it is open; closing it cuts what goes through."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._server: asyncio.Server | None = None
+        self._through: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    async def open(self) -> None:
+        """Let connections through, on the same port as before."""
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Cut all connections and refuse new ones."""
+        if self._server is not None:
+            self._server.close()
+            for task in self._through:
+                task.cancel()
+            await asyncio.gather(*self._through, return_exceptions=True)
+            self._server = None
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._through.add(task := asyncio.current_task())
+        far_writer: asyncio.StreamWriter | None = None
+        try:
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
+            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+        except (OSError, asyncio.CancelledError):
+            pass  # cut at either end, or by us
+        finally:
+            self._through.discard(task)
+            for end in (writer, far_writer):
+                if end is not None:
+                    end.transport.abort()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
+@contextlib.asynccontextmanager
+async def door_to(url: str) -> AsyncIterator[tuple[Door, str]]:
+    """An open door to the server of this URL, and the URL that leads through it."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    door = Door(parts.hostname, parts.port or 5432)
+    await door.open()
+    login = parts.netloc.rpartition("@")[0]
+    try:
+        yield door, urlunsplit(parts._replace(netloc=f"{login}@127.0.0.1:{door.port}"))
+    finally:
+        await door.close()
+
+
+async def stays(probe: Callable[[], Awaitable[bool]], seconds: float) -> None:
+    """Ask something outside of us again and again for so long: it must be true each time."""
+    end = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < end:
+        assert await probe()
+        await asyncio.sleep(0.1)  # between two questions; nothing depends on its length
 
 
 async def eventually(

@@ -1,0 +1,131 @@
+"""Two worker processes on the same accounts at the same moment."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import pytest
+
+from .world import ACCOUNT, BOOKING, CHANGED, REJECTED, World, eventually
+
+PARTITIONS = 4
+# Small batches: many transactions that may meet, instead of a few that follow each other.
+WORLD = {"partitions": PARTITIONS, "batch_records_max": 20}
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def pair(world: World) -> AsyncIterator[None]:
+    """Two workers, each with a part of every topic; at the end the books must be right, and no deadlock was broken."""
+    await asyncio.gather(world.spawn_worker(), world.spawn_worker())
+    await eventually(lambda: both_share(world))
+    yield
+    await world.check_books()
+    await world.stop_workers()  # their sessions tell the statistics at the latest when they end
+    query = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    assert await world.database.fetchval(query) == 0
+
+
+async def both_share(world: World) -> bool:
+    """Whether both workers have partitions of the topics that matter here."""
+    shares = [await world.members(topic) for topic in (BOOKING, ACCOUNT)]
+    return all(sorted(map(len, share.values())) == [2, 2] for share in shares)
+
+
+async def seed(world: World, **credits: int) -> None:
+    """Give these users so many credits."""
+    await world.applied(
+        *[
+            await world.publish(
+                ACCOUNT,
+                "credits.granted",
+                {"user_id": user, "credits": amount, "pool": "purchased", "reason": "seed"},
+            )
+            for user, amount in credits.items()
+        ]
+    )
+
+
+async def total(world: World, *users: str) -> int:
+    """The sum of these users' balances."""
+    return sum([(await world.balance(f"user:{user}"))["total"] for user in users])
+
+
+async def test_two_hundred_bookings_at_once_against_credits_for_ten(world: World) -> None:
+    """Scenario 6: exactly 10 are confirmed, 190 are refused `insufficient_credits`, and the sum stays what it was."""
+    await seed(world, client=50, practitioner=7)
+    requests = [
+        (
+            "booking.requested",
+            {
+                "booking_id": world.name("b"),
+                "client_id": "client",
+                "practitioner_id": "practitioner",
+                "credits": 5,
+            },
+        )
+        for _ in range(200)
+    ]
+
+    ids = await world.publish_all(BOOKING, requests, partitions=range(PARTITIONS))
+    answers = await world.answered(*ids)
+    await world.until(lambda: len(world.changed("user:practitioner")) == 1 + 10)
+
+    outcomes = Counter(
+        "confirmed" if answer.topic == CHANGED else answer.data["reason"]
+        for answer in {answer.data["cause"]["id"]: answer for answer in answers}.values()
+    )
+    assert outcomes == {"confirmed": 10, "insufficient_credits": 190}
+    assert await total(world, "client") == 0
+    assert await total(world, "practitioner") == 57
+    refusals = [one for one in world.arrived[REJECTED] if one.data["cause"]["id"] in set(ids)]
+    assert len(refusals) == 190
+    assert {one.data["required"] for one in refusals} == {5}
+
+
+async def test_thousands_of_bookings_both_ways_never_deadlock(world: World) -> None:
+    """Scenario 7: 4 000 bookings A→B and B→A from two workers lose nothing, and no deadlock is ever seen."""
+    await seed(world, ann=3_000, bob=3_000)
+    ways = itertools.cycle([("ann", "bob"), ("bob", "ann")])
+    requests = [
+        (
+            "booking.requested",
+            {
+                "booking_id": world.name("b"),
+                "client_id": client,
+                "practitioner_id": practitioner,
+                "credits": 1,
+            },
+        )
+        for client, practitioner in itertools.islice(ways, 4_000)
+    ]
+
+    ids = await world.publish_all(BOOKING, requests, partitions=[0, 0, 1, 1, 2, 2, 3, 3])
+    answers = await world.applied(*ids, count=2)
+
+    assert len(answers) == 2 * 4_000
+    assert (await total(world, "ann"), await total(world, "bob")) == (3_000, 3_000)
+    for worker in world.workers:
+        assert len(worker.logs.of("batch", topic=BOOKING)) > 50, "both workers had a part"
+        assert worker.logs.of("batch_retried") == []
+    assert await world.dead() == {}
+
+
+async def test_one_event_on_several_partitions_at_once_is_applied_once(world: World) -> None:
+    """R8: the same event, read by two workers at the same moment, has one effect; every other is a duplicate."""
+    names = [world.name("e") for _ in range(500)]
+    data = {"user_id": "once", "credits": 1, "pool": "purchased", "reason": "a test's gift"}
+
+    await asyncio.gather(
+        *(
+            world.publish(ACCOUNT, "credits.granted", data, id=name, partition=partition)
+            for name in names
+            for partition in range(PARTITIONS)
+        )
+    )
+    await world.applied(*names)
+    await world.passed(ACCOUNT)
+
+    assert await total(world, "once") == 500
+    assert [name for name in names if len(world.answers[name]) > 1] == []
+    assert await world.dead() == {}
