@@ -133,7 +133,7 @@ class Benchmarks:
                 work,
                 template,
                 subject,
-                self._found.chosen,
+                replace(self._found.chosen, wake=True),
                 per_second=LATENCY_PER_SECOND,
                 say=self._display.phase,
             )
@@ -194,7 +194,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="find the straightforward worker's best tuning first",
     )
-    parser.add_argument("--workers", type=int, default=8, help="its consumers without --tune")
+    parser.add_argument("--workers", type=int, default=16, help="its consumers without --tune")
     parser.add_argument(
         "--latency", action=argparse.BooleanOptionalAction, default=True, help="measure it too"
     )
@@ -204,7 +204,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.events, options.repeat, options.tune = 1000, 1, False
         options.latency_events = 600
-    options.variant = Variant(workers=options.workers)
+    options.variant = Variant(workers=options.workers, wake=options.tune)
     if options.events < 200 or options.events % 2:
         parser.error("--events must be even and at least 200")
     if options.repeat < 1 or not 1 <= options.partitions <= 100:

@@ -62,7 +62,8 @@ WHERE account_id = ANY($1::text[])
 ORDER BY account_id FOR UPDATE
 """
 
-# Everything that the decision reads, after the lock, in one statement and therefore of one moment.
+# Everything that the decision reads, after the lock, in one statement and therefore of one moment. A bare
+# `clock_timestamp()` would keep the index on deadlines from being used.
 _LOAD = """
 SELECT clock_timestamp() AS now,
        (SELECT fingerprint FROM credits.commands WHERE key = $2 AND type = $3 AND scope = $4) AS fingerprint,
@@ -71,12 +72,12 @@ SELECT clock_timestamp() AS now,
        ARRAY(SELECT g FROM credits.generations g WHERE g.generation_id = $6
              UNION ALL
              SELECT g FROM credits.generations g
-             WHERE g.state = 'held' AND g.deadline_at <= clock_timestamp() AND g.account_id = ANY($1::text[])
+             WHERE g.state = 'held' AND g.deadline_at <= (SELECT clock_timestamp()) AND g.account_id = ANY($1::text[])
                AND g.generation_id IS DISTINCT FROM $6) AS generations,
        ARRAY(SELECT b FROM credits.bookings b WHERE b.booking_id = $7) AS bookings,
        ARRAY(SELECT u FROM credits.usage_days u
              WHERE u.account_id = ANY($1::text[]) AND u.member_id = ''
-               AND (u.day >= (clock_timestamp() AT TIME ZONE 'UTC')::date - 1
+               AND (u.day >= ((SELECT clock_timestamp()) AT TIME ZONE 'UTC')::date - 1
                     OR u.day IN (SELECT g.counted_on FROM credits.generations g WHERE g.generation_id = $6))) AS usage
 """
 

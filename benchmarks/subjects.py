@@ -26,7 +26,7 @@ STOP_SECONDS = 20.0
 class Variant:
     """How the straightforward worker is tuned."""
 
-    workers: int = 6
+    workers: int = 16
     path: str = "one-event"
     ack: str = "interval"
     wake: bool = True
