@@ -54,7 +54,7 @@ SMALL = parse_catalogue("""
 version = "small"
 [tiers.free]
 signup_credits = 2
-daily_generations = 1
+daily_generations = 2
 [tiers.pro]
 [plans.plain]
 tier = "pro"
@@ -103,13 +103,13 @@ pairs = st.sampled_from(
 )
 pools = st.sampled_from(["subscription", "purchased"])
 amounts = st.integers(1, 9)
-claims = st.sampled_from([None, None, 1, 2, 3, 5, 7, 12])
+claims = st.sampled_from([None, 1, 1, 2, 3, 5, 7, 12])
 generation_ids = st.sampled_from(["g1", "g2"])
 booking_ids = st.sampled_from(["b1", "b2"])
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 waits = st.sampled_from(
-    [0, 1, MINUTE, 10 * MINUTE, HOUR, 9 * HOUR, DAY, 2 * DAY, 29 * DAY, 30 * DAY]
+    [0, 1, MINUTE, MINUTE, 10 * MINUTE, HOUR, HOUR, 9 * HOUR, DAY, 29 * DAY, 30 * DAY]
 )
 moments = st.sampled_from(
     [None, None, None]
@@ -172,7 +172,7 @@ requests = st.builds(
     kind=kinds,
     model=models,
     units=st.integers(1, 2),
-    hold_seconds=st.sampled_from([None, 1, MINUTE, HOUR, 5 * DAY, 5 * DAY]),
+    hold_seconds=st.sampled_from([None, 1, MINUTE, HOUR, 5 * DAY, 5 * DAY, 20 * DAY]),
 )
 completions = st.builds(
     complete,

@@ -62,7 +62,7 @@ PRICES = Prices(
     each={"image": 4},
     each_of_model={("image", "flux-pro"): 6},
     hold_seconds={"image": 3600},
-    daily_limit={"free": 1},
+    daily_limit={"free": 2},
     signup={"free": 2},
     plans={
         "plain": Plan("pro", 10),

@@ -187,6 +187,25 @@ def test_an_invoice_with_two_periods_starts_them_in_order(order: list[int]) -> N
     assert ledger.lots(ANN)[0].period_start == NOV
 
 
+def test_an_invoice_for_one_period_of_two_plans_ends_neither() -> None:
+    """Only earlier periods end: what starts together stays together."""
+    ledger = Ledger()
+    ledger.given(invoice(line("all_rolls", NOV, DEC), line("with_trial", NOV, DEC, trial=True)))
+
+    assert ledger.remaining(ANN) == [("subscription", 5), ("subscription", 100)]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]], ids=["in order", "latest first"])
+def test_an_invoice_with_two_plans_starts_the_earlier_first(order: list[int]) -> None:
+    """The order of the periods counts, not that of the lines or of the plans' names."""
+    ledger = Ledger()
+    lines = [line("pro_monthly", OCT, NOV), line("all_rolls", NOV, DEC)]
+    ledger.given(invoice(*(lines[index] for index in order)))
+
+    assert ledger.kinds(ANN) == ["subscription_grant", "expiry", "subscription_grant"]
+    assert [entry.subscription_delta for entry in ledger.entries[ANN]] == [800, -800, 100]
+
+
 def test_an_invoice_of_which_one_line_is_known_grants_the_other() -> None:
     """Each line has its own business key."""
     ledger = Ledger()
@@ -385,6 +404,16 @@ def test_nothing_rolls_into_a_trial_without_credits() -> None:
 
     assert ledger.money(ANN) == Money()
     assert ledger.kinds(ANN) == ["subscription_grant", "expiry"]
+
+
+def test_held_credits_do_not_use_up_what_may_roll_over() -> None:
+    """At most thirty unheld credits roll over, however many are held beside them."""
+    ledger = Ledger()
+    ledger.given(register(tier="pro"), period("some_rolls", NOV, DEC), request(80))
+    ledger.given(period("some_rolls", DEC, JAN))
+
+    assert ledger.money(ANN) == Money(subscription=200, held=80)
+    assert [move.amount for move in ledger.last(ANN).moves] == [-20, 120]
 
 
 def test_held_credits_do_not_roll_over() -> None:

@@ -171,6 +171,14 @@ def test_how_long_a_hold_lasts(seconds: int, what: str, asked: Action) -> None:
         (10, ["capture_shortfall"], "above and not covered", 14, request(10), complete(15)),
         (12, [], "the catalogue's price", 100, request(kind="image", units=3), complete()),
         (8, [], "for the units done", 100, request(kind="image", units=3), complete(units=2)),
+        (
+            12,
+            [],
+            "of the model held",
+            100,
+            request(kind="image", model="flux-pro", units=2),
+            complete(),
+        ),
         (8, [], "not the claim", 100, request(kind="image", units=3), complete(11, units=2)),
         (16, [], "for more units", 100, request(kind="image", units=3), complete(units=4)),
         (18, [], "of the model", 100, request(kind="image", units=3), complete(model="flux-pro")),
@@ -277,6 +285,28 @@ def test_a_completion_after_the_deadline_is_a_direct_debit() -> None:
     assert ledger.do(complete(100)) == "applied"
     assert ledger.kinds(ANN)[-2:] == ["generation_release", "generation_debit"]
     assert ledger.generations["g1"].state == "completed"
+
+
+@pytest.mark.parametrize(
+    ("expected", "money", "what", "action"),
+    [
+        ("applied", Money(purchased=92), "a completion", complete(8, by=BOB)),
+        ("duplicate", Money(purchased=100), "a failure", fail(by=BOB)),
+        ("hold_closed", Money(purchased=100), "a request", request(10, by=BOB)),
+        ("unknown_hold", Money(purchased=100), "a refund", refund(by=BOB)),
+    ],
+)
+def test_a_lapsed_hold_is_released_whoever_an_event_names(
+    expected: str, money: Money, what: str, action: Action
+) -> None:
+    """Time passes first for the account that reserved, though the event is about another."""
+    ledger = rich()
+    ledger.given(request(10))
+    ledger.wait(days=1)
+
+    assert ledger.do(action) == expected
+    assert ledger.money(ANN) == money
+    assert "generation_release" in ledger.kinds(ANN)
 
 
 def test_a_completion_after_an_early_failure_is_a_direct_debit() -> None:
@@ -387,6 +417,17 @@ def test_an_end_without_a_result(
 
     assert ledger.do(end) == expected
     assert ledger.money(ANN) == Money(purchased=100 - spent)
+
+
+@pytest.mark.parametrize("end", [fail(), cancel_generation()], ids=["failed", "cancelled"])
+@pytest.mark.parametrize("before", [[], [request(10)]], ids=["too early", "in time"])
+def test_how_a_generation_ended_is_kept(before: list[Action], end: Action) -> None:
+    """Failed is not cancelled, with a hold and without."""
+    ledger = rich()
+    ledger.given(*before)
+    ledger.do(end)
+
+    assert ledger.generations["g1"].state == end.state
 
 
 def test_an_end_after_the_deadline_finds_nothing_to_release() -> None:

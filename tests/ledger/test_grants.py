@@ -224,6 +224,16 @@ def test_the_first_reason_to_refuse_a_transfer_wins(
     assert ledger.money(BOB) == Money(purchased=11 if applied else 1)
 
 
+@pytest.mark.parametrize(("expected", "credits"), [("applied", 4), ("insufficient_credits", 5)])
+def test_held_credits_cannot_be_transferred(expected: str, credits: int) -> None:
+    """What a hold pins is not there to be given away."""
+    ledger = Ledger()
+    ledger.given(grant(10), request(6))
+
+    assert ledger.do(transfer(credits)) == expected
+    assert ledger.money(ANN).held == 6
+
+
 def test_a_transfer_is_one_transaction() -> None:
     """Taken in consumption order, given to the purchased pool, under one cause."""
     ledger = Ledger()
