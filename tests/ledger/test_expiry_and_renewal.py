@@ -76,6 +76,18 @@ def test_a_lot_that_was_used_up_expires_without_an_entry() -> None:
     assert ledger.kinds(ANN) == ["promotion", "generation_debit"]
 
 
+def test_lots_that_expire_together_all_expire() -> None:
+    """However many lots are past their time, each has its entry, in consumption order."""
+    ledger = Ledger()
+    soon = START + timedelta(seconds=60)
+    ledger.given(*(grant(credits, expires_at=soon) for credits in (1, 2, 3)), grant(4))
+    ledger.wait(seconds=60)
+    ledger.settle(ANN)
+
+    assert ledger.money(ANN) == Money(purchased=4)
+    assert [entry.purchased_delta for entry in ledger.entries[ANN][-3:]] == [-1, -2, -3]
+
+
 def test_settling_says_whether_time_did_anything() -> None:
     """The clock's work is idempotent by state: done once, it reports a repeat."""
     ledger = Ledger()
