@@ -78,9 +78,12 @@ def classify(error: BaseException) -> tuple[Verdict, str]:
 
 
 def describe(error: BaseException) -> str:
-    """An error in a sentence without row data: PostgreSQL's DETAIL may quote what was being written."""
+    """An error in a sentence without row data: DETAIL may quote a row, and an error about a value (class 22), by
+    PostgreSQL or by asyncpg, quotes the value after a colon.
+    """
     if isinstance(error, asyncpg.PostgresError):
-        return f"{type(error).__name__} ({error.sqlstate}): {error.args[0] if error.args else ''}"[
-            :500
-        ]
+        message, code = str(error.args[0]) if error.args else "", error.sqlstate or ""
+        if code.startswith("22"):
+            message = message.partition(":")[0]
+        return f"{type(error).__name__} ({code}): {message}"[:500]
     return f"{type(error).__name__}: {error}"[:500]
