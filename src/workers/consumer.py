@@ -18,7 +18,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -32,6 +33,7 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 from workers import telemetry
 from workers.batch import Ledger, Report
 from workers.messages.record import Record
+from workers.reader import Reader
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
 from workers.store.failures import classify
 from workers.store.set_aside import Work
@@ -48,6 +50,7 @@ HEARTBEAT_MS = 2_000
 PATIENCE_SECONDS = 10.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.05, 2.0
 PROBE_SECONDS = 1.0
+TIMESTAMP_MAX = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 # How long a rebalance waits for the batch in flight, so that its records need not be read twice.
 REVOKE_SECONDS = 5.0
 # A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again. Whoever
@@ -92,6 +95,10 @@ class Consumer:
 
     async def start(self) -> None:
         """Join the groups. Raises KafkaError when the broker cannot be reached."""
+        await self._broker.connect()
+        # FastStream has no setting for the consumer's class.
+        config = self._broker.config.broker_config
+        config.builder = partial(Reader, **cast("partial[Any]", config.builder).keywords)
         await self._broker.start()
 
     async def stop(self) -> None:
@@ -167,7 +174,7 @@ class Consumer:
             key=message.key,
             value=message.value,
             headers=tuple(message.headers),
-            timestamp_at=datetime.fromtimestamp(max(0, message.timestamp) / 1000, UTC),
+            timestamp_at=_moment(message.timestamp),
         )
 
     def _tell(
@@ -365,6 +372,11 @@ async def _commit(consumer: AIOKafkaConsumer, last: dict[TopicPartition, int]) -
         await consumer.commit(offsets)
     except (CommitFailedError, IllegalStateError, KafkaError) as error:
         log.warning("offsets_not_committed", partitions=len(offsets), exc_info=error)
+
+
+def _moment(timestamp_ms: int) -> datetime:
+    """When a record was sent. Its publisher may say anything; what no calendar holds is brought within one."""
+    return datetime.fromtimestamp(min(max(0, timestamp_ms) / 1000, TIMESTAMP_MAX), UTC)
 
 
 def _security(settings: Settings, options: dict[str, Any]) -> BaseSecurity | None:

@@ -210,7 +210,11 @@ def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:
         ("dead-letter-offset", str(row["record_offset"])),
     )
     headers = [
-        *decode_headers(row["record_headers"]),
+        *(
+            # A name that is not UTF-8 cannot be sent by our client; it stays in the table as it was.
+            (name.encode("utf-8", "backslashreplace").decode(), header)
+            for name, header in decode_headers(row["record_headers"])
+        ),
         *((name, text.encode()) for name, text in told),
     ]
     if value is not None and len(value) > DEAD_VALUE_BYTES_MAX:

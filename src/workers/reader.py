@@ -1,0 +1,103 @@
+"""An aiokafka consumer that hands over whatever the broker has, and skips nothing when it cannot.
+
+aiokafka decodes records while it hands them out, partition after partition. When that raises, what it had taken from
+other partitions in the same call is forgotten although it counts as consumed; so partitions are asked one by one here.
+And one cause of it is any publisher's to make: a header's name that is not UTF-8, which brokers accept and many clients
+can send. aiokafka would stumble over it for ever. Such a batch is read by its own slower parser, without being strict.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.consumer import fetcher
+from aiokafka.record.default_records import DefaultRecordBatch, _DefaultRecordBatchPy
+from aiokafka.record.memory_records import _MemoryRecordsPy
+
+log = logging.getLogger(__name__)
+
+
+class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
+    """Kafka's consumer, whose `getmany` returns every record that it counts as consumed."""
+
+    async def getmany(
+        self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
+    ) -> dict[TopicPartition, list[ConsumerRecord[Any, Any]]]:
+        """As aiokafka's. Raises what reading a partition raised, if the others have nothing to return."""
+        taken: dict[TopicPartition, list[ConsumerRecord[Any, Any]]] = {}
+        failure: Exception | None = None
+        try:
+            # The first record ends this call, before another partition could raise.
+            taken = await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=1)
+        except Exception as error:
+            failure = error
+        left = None if max_records is None else max_records - len(taken)
+        for partition in (partitions or self.assignment()) if taken or failure else ():
+            if left == 0 or self._subscription.reassignment_in_progress:
+                break
+            try:
+                more = (await super().getmany(partition, max_records=left)).get(partition, [])
+            except Exception as error:
+                failure = error
+                continue
+            if more:
+                taken.setdefault(partition, []).extend(more)
+                left = None if left is None else left - len(more)
+        if failure is not None:
+            if not taken:
+                raise failure
+            log.error("a partition cannot be read", exc_info=failure)  # it is tried again and again
+        return taken
+
+
+class _LenientBytes(bytearray):
+    """Bytes whose slices decode, whatever they are; what is not UTF-8 becomes surrogates."""
+
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        return _LenientBytes(found) if isinstance(at, slice) else found
+
+    def decode(self, encoding: str = "utf-8", errors: str = "surrogateescape") -> str:
+        return super().decode(encoding, errors)
+
+
+class _Batch:
+    """A record batch, read by aiokafka's fast parser as far as that goes, and then by the lenient one."""
+
+    def __init__(self, batch: Any, data: memoryview) -> None:
+        self._batch = batch
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    def __next__(self) -> Any:
+        return next(self._batch)
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        try:
+            for record in self._batch:
+                yield record
+                done += 1
+        except UnicodeDecodeError:
+            again = _DefaultRecordBatchPy(self._data)
+            again._maybe_uncompress()  # noqa: SLF001 - else it would replace the bytes that decode
+            again._buffer = _LenientBytes(again._buffer)  # noqa: SLF001 - its parser has no other switch
+            yield from islice(again, done, None)
+
+
+class _Records(_MemoryRecordsPy):  # type: ignore[misc]  # final only by annotation
+    """The batches of a fetch."""
+
+    def next_batch(self) -> Any:
+        data = self._next_slice
+        batch = super().next_batch()
+        return _Batch(batch, data) if isinstance(batch, DefaultRecordBatch) else batch
+
+
+fetcher.MemoryRecords = _Records
