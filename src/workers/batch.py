@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypeVar
@@ -142,15 +142,35 @@ class Ledger:
         return report
 
     async def apply_parked(self, limit: int) -> Report | None:
-        """Apply parked messages whose wait is over, up to `limit`; None when there is none."""
+        """Apply parked messages whose wait is over, up to `limit`; None when there is none.
+
+        Raises:
+            OSError, asyncpg errors, TooManyRefused: as `apply` does.
+        """
+        return await self._apply_parked(limit, {})
+
+    async def _apply_parked(
+        self, limit: int, refusals: Mapping[int | None, Refused]
+    ) -> Report | None:
+        claimed: list[Work] = []
         try:
-            return await self._loading_anew(lambda: self._apply_claimed(limit, None))
+            report = await self._loading_anew(lambda: self._apply_claimed(limit, claimed, refusals))
         except Exception as error:
-            if classify(error)[0] in STOPPING:
+            if classify(error)[0] in STOPPING or not claimed:
                 raise
-            # Whichever of them it was: the oldest alone either goes through or is the one.
-            refusal = _refusal(error) if limit == 1 else None
-            return await (self._apply_claimed(1, refusal) if refusal else self.apply_parked(1))
+            if len(claimed) > 1:
+                # Whichever of them it was: the oldest alone either goes through or is the one.
+                return await self._apply_parked(1, {})
+            number = claimed[0].parked_id
+            if number in refusals:
+                raise  # not even its dead letter can be kept
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row > REFUSED_IN_A_ROW_MAX:
+                raise TooManyRefused(describe(error)) from error
+            return await self._apply_parked(1, {number: _refusal(error)})
+        if not refusals:
+            self._refused_in_a_row = 0
+        return report
 
     async def settle(self, limit: int) -> Report | None:
         """Do what time has done to up to `limit` accounts (R4, R5); None when nothing is due.
@@ -219,18 +239,24 @@ class Ledger:
             log.exception("record_not_read", topic=work.record.topic, offset=work.record.offset)
             return Refused("malformed", f"reading it failed: {describe(error)}", manual_fix=True)
 
-    async def _apply_claimed(self, limit: int, refusal: Refused | None) -> Report | None:
+    async def _apply_claimed(
+        self, limit: int, claimed: list[Work], refusals: Mapping[int | None, Refused]
+    ) -> Report | None:
+        """Apply what can be claimed. `refusals` are by number: between two attempts another worker may have taken
+        the message that was refused, and what is claimed instead is innocent.
+        """
         started = time.perf_counter()
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
         ):
-            works = await claim_parked(connection, limit)
-            if not works:
+            claimed[:] = await claim_parked(connection, limit)
+            if not claimed:
                 return None
-            report = await self._apply_in(
-                connection, [(work, refusal or self._read(work)) for work in works]
-            )
+            readings = [
+                (work, refusals.get(work.parked_id) or self._read(work)) for work in claimed
+            ]
+            report = await self._apply_in(connection, readings)
         report.seconds = time.perf_counter() - started
         return report
 
