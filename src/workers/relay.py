@@ -45,6 +45,8 @@ BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
 STEADY_SECONDS = 5.0
 # A batch that is not acknowledged for so long is given up with its producer, and sent again by a new one.
 DELIVERY_SECONDS = 20.0
+# A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards.
+IDLE_SECONDS_MAX = DELIVERY_SECONDS + 5
 # A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
 DEAD_VALUE_BYTES_MAX = INBOUND_BYTES_MAX - 512 * 1024
 
@@ -97,7 +99,9 @@ class Relay:
 
     async def _publish_until_failure(self) -> None:
         database_url = require(self._settings.database_url, "database_url")
-        connection = await connect(database_url, name="credit-workers relay")
+        connection = await connect(
+            database_url, name="credit-workers relay", idle_seconds_max=IDLE_SECONDS_MAX
+        )
         try:
             await self._publish_from(connection)
         finally:

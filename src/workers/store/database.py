@@ -17,6 +17,8 @@ CONNECT_SECONDS = 10.0
 STATEMENT_MS = 10_000
 LOCK_MS = 5_000
 IDLE_IN_TRANSACTION_MS = 15_000
+# A machine that lost its power closes nothing: without these the server would keep its locks for two hours.
+KEEPALIVE_SECONDS, KEEPALIVES_MAX = 5, 3
 
 
 def _session(role: Role, name: str) -> dict[str, str]:
@@ -28,6 +30,10 @@ def _session(role: Role, name: str) -> dict[str, str]:
         "statement_timeout": str(STATEMENT_MS),
         "lock_timeout": str(LOCK_MS),
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+        "tcp_keepalives_idle": str(KEEPALIVE_SECONDS),
+        "tcp_keepalives_interval": str(KEEPALIVE_SECONDS),
+        "tcp_keepalives_count": str(KEEPALIVES_MAX),
+        "tcp_user_timeout": str(KEEPALIVE_SECONDS * KEEPALIVES_MAX * 1000),
     }
 
 
@@ -50,14 +56,22 @@ async def open_pool(
 
 
 async def connect(
-    database_url: str, *, role: Role = "credits_worker", name: str
+    database_url: str,
+    *,
+    role: Role = "credits_worker",
+    name: str,
+    idle_seconds_max: float | None = None,
 ) -> asyncpg.Connection[asyncpg.Record]:
-    """One connection of its own, for work that lives as long as its session."""
+    """One connection of its own, for work that lives as long as its session.
+
+    The server ends a session that is idle for longer than `idle_seconds_max`: its client is frozen or gone.
+    """
+    idle_ms = str(int((idle_seconds_max or 0) * 1000))
     return await asyncpg.connect(
         database_url,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_MS / 1000 + 5,
-        server_settings=_session(role, name),
+        server_settings={**_session(role, name), "idle_session_timeout": idle_ms},
     )
 
 
