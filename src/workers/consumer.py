@@ -53,6 +53,10 @@ PROBE_SECONDS = 1.0
 TIMESTAMP_MAX = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 # How long a rebalance waits for the batch in flight, so that its records need not be read twice.
 REVOKE_SECONDS = 5.0
+# How long the broker waits for a member to rejoin. aiokafka's default is the session's timeout, which hearing of the
+# rebalance from a heartbeat and waiting for the batch would exceed: the member would be thrown out, and join again,
+# and so throw out the next one.
+REBALANCE_MS = 15_000
 # A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again. Whoever
 # stops workers must wait a little longer than this before killing them.
 STOP_SECONDS = 6.0
@@ -266,6 +270,7 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             listener=self,
             max_poll_interval_ms=settings.max_poll_interval_ms,
             session_timeout_ms=SESSION_MS,
+            rebalance_timeout_ms=REBALANCE_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
         )
         self._subscriber(self._handle)
