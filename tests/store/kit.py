@@ -246,4 +246,5 @@ def chunks(works: Sequence[Work], size: int) -> list[Sequence[Work]]:
 async def until(connection: asyncpg.Connection, question: str) -> None:
     """Ask the database until it says yes: the test's own time limit ends a question without an answer."""
     while not await connection.fetchval(question):
-        pass
+        # Inside a transaction the activity that was seen once would be seen for ever.
+        await connection.execute("SELECT pg_stat_clear_snapshot()")

@@ -401,6 +401,23 @@ async def test_a_redelivery_of_a_letter_on_its_way_back_changes_nothing_of_it(
     assert len(await published(owner, "dead_letter")) == 2
 
 
+async def test_a_letter_that_left_its_replay_is_not_brought_back(
+    pool: asyncpg.Pool, ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """A worker moves a letter only out of `replaying`: what an operator decided meanwhile stands."""
+    broken = record("booking.events", b"{", {})
+    await ledger.apply([broken, pack("cs_1", "cus_1")])
+    await owner.execute(TOO_LATE)
+    await ledger.apply_parked(100)
+    await ledger.apply([link("ann", "stripe", "cus_1")])
+    await replay(pool)
+    await owner.execute("UPDATE dead_letters SET state = 'discarded'")
+
+    assert outcomes(await ledger.apply_parked(100)) == {"applied": 1, "dead": 1}
+
+    assert [state for state, _, _ in await states(owner)] == ["discarded", "discarded"]
+
+
 async def test_an_ignored_message_leaves_no_trace(
     ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
