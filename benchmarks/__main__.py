@@ -32,6 +32,7 @@ from workers.embedded import EmbeddedError, EmbeddedStack, Servers
 REPORTS = Path(__file__).parents[1] / "reports"
 TUNED_ON: CaseName = "uniform"
 CONSUMERS = (1, 4, 8, 16)
+TUNING_ATTEMPTS_MAX = 3
 LATENCY_PER_SECOND = 200.0
 
 
@@ -75,16 +76,21 @@ class Benchmarks:
         tried = self._found.tried
 
         async def attempt(variant: Variant) -> None:
-            run = await self._one(f"tuning, {variant}", work, template, "straightforward", variant)
+            name, processors = f"tuning, {variant}", os.cpu_count() or 1
+            run = await self._one(name, work, template, "straightforward", variant)
+            for _ in range(TUNING_ATTEMPTS_MAX - 1):
+                if report.foreign_share(run, processors) <= report.FOREIGN_SHARE_MAX:
+                    break  # else others worked meanwhile, and the choice would be theirs
+                run = await self._one(name, work, template, "straightforward", variant)
             tried.append((variant, run))
 
         for workers in CONSUMERS:
             await attempt(replace(start, workers=workers))
         best = _fastest(tried)
         for other in (
-            replace(best, path="batch-of-one"),
+            replace(best, wake=not best.wake),
             replace(best, ack="each"),
-            replace(best, wake=False),
+            replace(best, path="batch-of-one"),
         ):
             await attempt(other)
         return _fastest(tried)
@@ -204,7 +210,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.events, options.repeat, options.tune = 1000, 1, False
         options.latency_events = 600
-    options.variant = Variant(workers=options.workers, wake=options.tune)
+    options.variant = Variant(workers=options.workers)
     if options.events < 200 or options.events % 2:
         parser.error("--events must be even and at least 200")
     if options.repeat < 1 or not 1 <= options.partitions <= 100:

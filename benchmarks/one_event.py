@@ -2,7 +2,8 @@
 
 The decision is the product's (`ledger.execute`); reading and writing are written for a single event. Five round
 trips: BEGIN, lock, load, write, COMMIT. A repeat takes no lock and writes nothing. What is not a plain generation or
-booking of plainly named owners goes the long way, through the product's own path with a batch of one.
+booking of plainly named owners, and what needs more lots than were read, goes the long way: through the product's own
+path with a batch of one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,17 @@ import orjson
 
 from workers.batch import Ledger
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Command, CommandKey, accounts_of
-from workers.ledger.execute import Execution, execute, purchase_keys_of, references_of
+from workers.ledger.commands import (
+    Command,
+    CommandKey,
+    CompleteGeneration,
+    EndGeneration,
+    RefundGeneration,
+    RequestBooking,
+    RequestGeneration,
+    accounts_of,
+)
+from workers.ledger.execute import Execution, execute, references_of
 from workers.ledger.model import (
     Account,
     Booking,
@@ -31,7 +41,7 @@ from workers.ledger.model import (
     Snapshot,
     Usage,
 )
-from workers.ledger.outcomes import Conflict, Rejected
+from workers.ledger.outcomes import Conflict, InvariantViolated, Rejected
 from workers.messages.outbound import alert, changed, changed_lots, rejected
 from workers.messages.record import Refused
 from workers.sources import Identities, Sources, Understood
@@ -63,12 +73,25 @@ ORDER BY account_id FOR UPDATE
 """
 
 # Everything that the decision reads, after the lock, in one statement and therefore of one moment. A bare
-# `clock_timestamp()` would keep the index on deadlines from being used.
+# `clock_timestamp()` would keep the index on deadlines from being used. Of an account's open lots, which may be many,
+# only the first in consumption order are read (of a booking's parties, the client's), those that are past their time,
+# and those that the generation holds.
 _LOAD = """
 SELECT clock_timestamp() AS now,
        (SELECT fingerprint FROM credits.commands WHERE key = $2 AND type = $3 AND scope = $4) AS fingerprint,
        EXISTS (SELECT FROM credits.identities WHERE external_id = ANY($5::text[])) AS mapped,
-       ARRAY(SELECT l FROM credits.lots l WHERE l.account_id = ANY($1::text[]) AND l.open) AS lots,
+       ARRAY(SELECT first.lot
+             FROM unnest($9::text[]) AS a (account_id) CROSS JOIN LATERAL (
+                 SELECT l AS lot FROM credits.lots l
+                 WHERE l.account_id = a.account_id AND l.open
+                 ORDER BY l.pool = 'purchased', l.expires_at NULLS LAST, l.granted_at, l.granted_version, l.lot_id
+                 LIMIT $8) first
+             UNION ALL
+             SELECT l FROM credits.lots l
+             WHERE l.account_id = ANY($1::text[]) AND l.open AND l.expires_at <= (SELECT clock_timestamp())) AS lots,
+       ARRAY(SELECT l FROM credits.lots l
+             WHERE l.lot_id IN (SELECT (pin ->> 0)::uuid FROM credits.generations g,
+                                       jsonb_array_elements(g.hold_allocation) pin WHERE g.generation_id = $6)) AS pinned,
        ARRAY(SELECT g FROM credits.generations g WHERE g.generation_id = $6
              UNION ALL
              SELECT g FROM credits.generations g
@@ -90,6 +113,11 @@ _GENERATION_CHANGES = (
     "account_id", "state", "held", "hold_allocation", "deadline_at", "taken", "given_back", "counted_on", "recorded_at",
 )  # fmt: skip
 _BOOKING_CHANGES = ("state", "given_back")
+
+
+LOTS_MAX = 8
+# What these actions do is decided by an account's totals and its first lots.
+PLAIN = (RequestGeneration, CompleteGeneration, EndGeneration, RefundGeneration, RequestBooking)
 
 
 class NotPlainError(Exception):
@@ -121,13 +149,16 @@ class OneEvent:
 
     async def _apply(self, connection: Connection, read: Understood) -> int:
         built = read.build(Identities(()))
-        if not isinstance(built, Command) or built.links:
-            raise NotPlainError
-        if purchase_keys_of(built.action, self._catalogue):
+        if not isinstance(built, Command) or not isinstance(built.action, PLAIN):
             raise NotPlainError
         async with connection.transaction():
             state, now = await _load(connection, built, read)
-            execution = execute(state, [built], now=now, catalogue=self._catalogue, ids=self._ids)
+            try:
+                execution = execute(
+                    state, [built], now=now, catalogue=self._catalogue, ids=self._ids
+                )
+            except (InvariantViolated, ValueError) as error:
+                raise NotPlainError from error  # it needs a lot that was not read
             return await self._write(connection, execution)
 
     async def _write(self, connection: Connection, execution: Execution) -> int:
@@ -223,6 +254,8 @@ async def _load(
         list(read.external_ids),
         read.generation_id,
         read.booking_id,
+        LOTS_MAX,
+        [command.action.client] if isinstance(command.action, RequestBooking) else accounts,
     )
     if row is None or row["mapped"]:
         raise NotPlainError
@@ -233,14 +266,9 @@ async def _load(
     if len(locked) != len(accounts):
         raise NotPlainError  # an owner never seen: the product's path makes the account
     state.accounts = {account["account_id"]: _account(account) for account in locked}
-    for fields in row["lots"]:
-        lot = Lot(**{name: value for name, value in fields.items() if name != "open"})
-        state.lots[lot.lot_id] = lot
-        state.accounts[lot.account_id].lots.append(lot)
-    for account in state.accounts.values():
-        account.lots.sort(key=Lot.order)
     for fields in row["generations"]:
         _add_generation(state, fields, now)
+    _add_lots(state, row)
     for fields in row["bookings"]:
         booking = dict(fields)
         client, practitioner = booking.pop("client_account"), booking.pop("practitioner_account")
@@ -257,6 +285,23 @@ async def _load(
         )
         state.usage[usage.account_id, usage.day] = usage
     return state, now
+
+
+def _add_lots(state: Snapshot, row: asyncpg.Record) -> None:
+    for fields in row["lots"]:
+        lot = _lot(fields)
+        if lot.lot_id not in state.lots:
+            state.lots[lot.lot_id] = lot
+            state.accounts[lot.account_id].lots.append(lot)
+    for account in state.accounts.values():
+        account.lots.sort(key=Lot.order)
+    for fields in row["pinned"]:
+        # Not among the account's lots unless it is one of the first: between it and them are some that were not read.
+        state.lots.setdefault(fields["lot_id"], _lot(fields))
+
+
+def _lot(fields: asyncpg.Record) -> Lot:
+    return Lot(**{name: value for name, value in fields.items() if name != "open"})
 
 
 def _add_generation(state: Snapshot, fields: asyncpg.Record, now: datetime) -> None:

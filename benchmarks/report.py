@@ -24,6 +24,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def foreign_share(run: Measured, processors: int) -> float:
+    """How much of the machine others used during a run."""
+    return run.cpu.foreign / (run.out_seconds * processors)
+
+
 def figures(runs: Sequence[Measured], processors: int) -> dict[str, Any]:
     """All figures of one subject in one case."""
     thousands = [run.events / 1000 for run in runs]
@@ -44,9 +49,7 @@ def figures(runs: Sequence[Measured], processors: int) -> dict[str, Any]:
         },
         "peak_memory_mib": spread(memory) if memory else None,
         "records_per_batch": round(runs[0].events / median(batches), 1) if batches else None,
-        "foreign_cpu_share": spread(
-            [run.cpu.foreign / (run.out_seconds * processors) for run in runs]
-        ),
+        "foreign_cpu_share": spread([foreign_share(run, processors) for run in runs]),
         "runs": [
             {
                 "events": run.events,

@@ -29,11 +29,11 @@ class Variant:
     workers: int = 16
     path: str = "one-event"
     ack: str = "interval"
-    wake: bool = True
+    wake: bool = False
 
     def __str__(self) -> str:
-        wake = "" if self.wake else ", relay polls"
-        return f"{self.workers} consumers, {self.path}, ack {self.ack}{wake}"
+        relay = "woken" if self.wake else "polls"
+        return f"{self.workers} consumers, {self.path}, ack {self.ack}, relay {relay}"
 
 
 class SubjectError(Exception):
