@@ -4,11 +4,12 @@ owner moves deadlines and expiries into the past.
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 import asyncpg
-import pytest
 
-from workers.batch import Ledger
+from workers.batch import Ledger, Report
+from workers.store.set_aside import Work
 
 from .journal import problems
 from .kit import (
@@ -244,59 +245,58 @@ async def test_a_clock_that_went_back_changes_no_order(
 # -- owners that change between finding and locking -------------------------------------------------------------
 
 
-@pytest.fixture
 async def interrupted(
-    ledger: Ledger, owner: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
-    """Statements that run, once, after a batch has looked its owners up and before it locks their accounts."""
-    statements: list[str] = []
-    real = ledger._execute
-
-    async def execute(*given: object) -> object:
-        while statements:
-            await owner.execute(statements.pop(0))
-        return await real(*given)
-
-    monkeypatch.setattr(ledger, "_execute", execute)
-    return statements
+    ledger: Ledger, owner: asyncpg.Connection, works: Sequence[Work], locked: str, statement: str
+) -> Report:
+    """Apply records; while they wait for an account's lock, their owners looked up already, something is committed."""
+    async with owner.transaction():
+        await owner.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", locked)
+        applied = asyncio.create_task(ledger.apply(works))
+        await until(owner, SOMEBODY_WAITS)
+        await owner.execute(statement)
+    return await applied
 
 
 async def test_an_identity_that_appears_meanwhile_decides(
-    ledger: Ledger, owner: asyncpg.Connection, interrupted: list[str]
+    ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
     """A mapping that was committed after the look-up: the batch is loaded anew, and the right owner gets it."""
-    interrupted.append(
-        "INSERT INTO identities VALUES ('legacy-7', 'auth0', 'user:ann', 'tests', now())"
-    )
+    await ledger.apply([grant("legacy-7", 1)])
+    mapped = "INSERT INTO identities VALUES ('legacy-7', 'auth0', 'user:ann', 'tests', now())"
 
-    assert outcomes(await ledger.apply([grant("legacy-7", 5)])) == {"applied": 1}
+    report = await interrupted(ledger, owner, [grant("legacy-7", 5)], "user:legacy-7", mapped)
 
-    rows = await owner.fetch("SELECT account_id, purchased FROM accounts")
-    assert [tuple(row) for row in rows] == [("user:ann", 5)]
+    assert outcomes(report) == {"applied": 1}
+    rows = await owner.fetch("SELECT account_id, purchased FROM accounts ORDER BY 1")
+    assert [tuple(row) for row in rows] == [("user:ann", 5), ("user:legacy-7", 1)]
 
 
 async def test_an_identity_that_moves_meanwhile_decides(
-    ledger: Ledger, owner: asyncpg.Connection, interrupted: list[str]
+    ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
-    """A mapping that a merge pointed elsewhere is followed to where it points now."""
+    """A mapping that was pointed elsewhere, as a merge does, is followed to where it points now."""
     await ledger.apply([link("ann", "auth0", "legacy-7"), grant("bob", 1)])
-    interrupted.append("UPDATE identities SET owner = 'user:bob'")
+    moved = "UPDATE identities SET owner = 'user:bob'"
 
-    assert outcomes(await ledger.apply([grant("legacy-7", 5)])) == {"applied": 1}
+    report = await interrupted(ledger, owner, [grant("legacy-7", 5)], "user:ann", moved)
 
+    assert outcomes(report) == {"applied": 1}
     assert await money(owner, "bob") == (0, 6, 0, 0)
     assert await money(owner, "ann") == (0, 0, 0, 0)
 
 
 async def test_a_customer_that_becomes_known_meanwhile_is_not_parked(
-    ledger: Ledger, owner: asyncpg.Connection, interrupted: list[str]
+    ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
     """A purchase that would have waited is applied at once when its mapping appears before the commit."""
-    interrupted.append(
-        "INSERT INTO identities VALUES ('cus_1', 'stripe', 'user:ann', 'tests', now())"
+    await ledger.apply([grant("bob", 1)])
+    mapped = "INSERT INTO identities VALUES ('cus_1', 'stripe', 'user:ann', 'tests', now())"
+
+    report = await interrupted(
+        ledger, owner, [pack("cs_1", "cus_1"), grant("bob", 1)], "user:bob", mapped
     )
 
-    assert outcomes(await ledger.apply([pack("cs_1", "cus_1")])) == {"applied": 1}
+    assert outcomes(report) == {"applied": 2}
     assert await money(owner, "ann") == (0, 100, 0, 0)
 
 
