@@ -17,11 +17,12 @@ from .world import (
     REJECTED,
     STRIPE,
     Headers,
+    NotUtf8,
     World,
     attributes,
 )
 
-WORLD = {"partitions": 3}
+WORLD = {"partitions": 3, "topic_options": {"message.timestamp.after.max.ms": str(2**63 - 1)}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,6 +64,47 @@ async def test_a_header_that_we_do_not_read_may_hold_any_bytes_or_none(world: Wo
 
     await world.applied(*names)
     assert (await world.balance(f"user:{user}"))["total"] == 6
+
+
+async def test_a_header_whose_name_is_not_utf_8_stops_nothing(world: World) -> None:
+    """Brokers take such a name and most clients can send it: record and neighbours are applied, in every partition."""
+    user = world.name("u")
+    names = [world.name("e") for _ in range(9)]
+    strange = [gift_record(user, name) for name in names[:3]]
+    strange[1] = (strange[1][0], [*strange[1][1], (NotUtf8("x"), b"1")])
+
+    for partition in (1, 2):
+        records = [gift_record(user, name) for name in names[3 * partition : 3 * partition + 3]]
+        await world.publish_together(ACCOUNT, records, partition=partition)
+    await world.publish_strangely(ACCOUNT, strange, partition=0)
+
+    await world.applied(*names)
+    assert (await world.balance(f"user:{user}"))["total"] == 9
+
+
+async def test_a_dead_letter_may_have_a_header_whose_name_is_not_utf_8(world: World) -> None:
+    """It is kept and told like any other, with a name that can be written."""
+    headers: Headers = [*attributes("credits.granted", world.name("e")), (NotUtf8("x"), b"1")]
+
+    (place,) = await world.publish_strangely(ACCOUNT, [(b"{", headers)], partition=0)
+
+    letter = await world.dead_letter(place)
+    assert letter.headers["dead-letter-reason"] == b"malformed"
+    assert letter.headers["\\udcff\\udcfe"] == b"1"
+    kept = (await world.dead())[place].headers
+    assert kept[-1] == (b"\xff\xfe".decode("utf-8", "surrogateescape"), b"1")
+
+
+@pytest.mark.parametrize("timestamp_ms", [2**62, 253_402_300_800_000, 0])
+async def test_a_record_may_be_from_any_time(world: World, timestamp_ms: int) -> None:
+    """A publisher's timestamp that no calendar holds costs nothing but itself."""
+    user, event = world.name("u"), world.name("e")
+    value, headers = gift_record(user, event)
+
+    await world.publish_raw(ACCOUNT, value, headers=headers, timestamp_ms=timestamp_ms)
+
+    await world.applied(event)
+    assert (await world.balance(f"user:{user}"))["total"] == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from structlog._config import BoundLoggerLazyProxy
 
 from workers.embedded import Servers
@@ -60,6 +61,16 @@ BOOKING, GENERATION, ACCOUNT, STRIPE = (
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
 
 _listening: ContextVar["Logs | None"] = ContextVar("_listening", default=None)
+
+
+class NotUtf8(str):
+    """A header's name as a client sends it that takes any bytes; ours would take none but text."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        """What is sent."""
+        return b"\xff\xfe"
 
 
 class Place(NamedTuple):
@@ -238,6 +249,11 @@ class Process:
             return None
         return RuntimeError(f"a worker ended with status {status}: {self.logs.lines[-5:]}")
 
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.returncode is None
+
     async def _read(self, news: News) -> None:
         assert self._process.stdout is not None
         async for line in self._process.stdout:
@@ -278,11 +294,16 @@ class World:
     """One deployment. Use `World.open`."""
 
     def __init__(
-        self, told: dict[str, Any], database: asyncpg.Pool, producer: AIOKafkaProducer
+        self,
+        told: dict[str, Any],
+        database: asyncpg.Pool,
+        producer: AIOKafkaProducer,
+        admin: AIOKafkaAdminClient,
     ) -> None:
         self._told = told
         self.settings = Settings(**told)
         self.database = database
+        self.admin = admin
         self.news = News()
         self.workers: list[Worker] = []
         self.arrived: defaultdict[str, list[Arrived]] = defaultdict(list)
@@ -293,12 +314,17 @@ class World:
         self._numbers = itertools.count(1)
         self._mark = secrets.token_hex(3)
         self.http: httpx.AsyncClient
-        self.admin: AIOKafkaAdminClient
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, servers: Servers, template: str, *, partitions: int, **settings: Any
+        cls,
+        servers: Servers,
+        template: str,
+        *,
+        partitions: int,
+        topic_options: dict[str, str] | None = None,
+        **settings: Any,
     ) -> AsyncIterator[Self]:
         """Topics, a migrated database, a gateway and a subscriber to everything. No worker yet."""
         async with contextlib.AsyncExitStack() as stack:
@@ -314,6 +340,11 @@ class World:
                 "partitions": partitions,
                 **settings,
             }
+            admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
+            await admin.start()
+            stack.push_async_callback(admin.close)
+            if topic_options is not None:
+                await _create_inbound_topics(admin, Settings(**told), topic_options)
             await ensure_topics(Settings(**told))
             database = await stack.enter_async_context(
                 asyncpg.create_pool(
@@ -328,11 +359,8 @@ class World:
                     enable_idempotence=True,
                 )
             )
-            world = cls(told, database, producer)
+            world = cls(told, database, producer, admin)
             stack.enter_context(tapped_logs())
-            world.admin = AIOKafkaAdminClient(bootstrap_servers=servers.kafka_bootstrap)
-            await world.admin.start()
-            stack.push_async_callback(world.admin.close)
             for topic in INBOUND_TOPICS:
                 await eventually(lambda topic=topic: world._is_coordinated(topic))
             world.http = await stack.enter_async_context(_gateway(world.settings))
@@ -470,7 +498,29 @@ class World:
     ) -> list[Place]:
         """Publish records as one Kafka batch, which a worker therefore gets in one piece; where they are."""
         sender = producer or self._producer
-        batch = sender.create_batch()
+        return await self._send_batch(sender, sender.create_batch(), topic, records, partition, key)
+
+    async def publish_strangely(
+        self, topic: str, records: Sequence[tuple[bytes | None, Headers]], *, partition: int
+    ) -> list[Place]:
+        """The same, by a client that lets headers be named `NotUtf8`."""
+        async with self.producer() as sender:
+            batch = sender.create_batch()
+            batch._builder = _DefaultRecordBatchBuilderPy(
+                magic=2, compression_type=0, is_transactional=False, producer_id=-1,
+                producer_epoch=-1, base_sequence=-1, batch_size=BATCH_BYTES_MAX,
+            )  # fmt: skip
+            return await self._send_batch(sender, batch, topic, records, partition, b"k")
+
+    async def _send_batch(
+        self,
+        sender: AIOKafkaProducer,
+        batch: Any,
+        topic: str,
+        records: Sequence[tuple[bytes | None, Headers]],
+        partition: int,
+        key: bytes | None,
+    ) -> list[Place]:
         for value, headers in records:
             added = batch.append(key=key, value=value, timestamp=None, headers=list(headers))
             assert added is not None, "the batch is full"
@@ -920,6 +970,23 @@ async def _administer(server_url: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close()
+
+
+async def _create_inbound_topics(
+    admin: AIOKafkaAdminClient, settings: Settings, options: dict[str, str]
+) -> None:
+    """The inbound topics as an operator may have made them, with options that are not ours."""
+    await admin.create_topics(
+        [
+            NewTopic(
+                name=settings.topic(topic),
+                num_partitions=settings.partitions,
+                replication_factor=1,
+                topic_configs=options,
+            )
+            for topic in INBOUND_TOPICS
+        ]
+    )
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,87 @@
+"""What a worker reads with, when the client library below it fails in the middle of a poll."""
+
+from collections.abc import Iterator
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import CorruptRecordException
+
+from workers.reader import Reader
+
+from .world import ACCOUNT, World, eventually
+
+PARTITIONS = 3
+WORLD = {"partitions": PARTITIONS}
+
+
+def corrupt() -> Iterator[None]:
+    """What the library's iterator does over a batch whose checksum is wrong."""
+    raise CorruptRecordException("Invalid CRC")
+    yield
+
+
+@pytest.mark.parametrize("bad", range(PARTITIONS))
+async def test_a_partition_that_cannot_be_read_costs_the_others_nothing(
+    world: World, bad: int
+) -> None:
+    """Whichever partition raises, wherever in the poll: every record is returned, once and in order."""
+    topic = world.settings.topic(ACCOUNT)
+    partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+    ends = await world.ends(ACCOUNT)
+    events = [("weather.changed", {})] * 5 * PARTITIONS
+    await world.publish_all(ACCOUNT, events, partitions=range(PARTITIONS))
+    reader = Reader(bootstrap_servers=world.settings.kafka_bootstrap)
+    reader.assign(partitions)
+    async with reader:
+        for partition in partitions:
+            reader.seek(partition, ends[ACCOUNT, partition.partition])
+
+        async def has_fetched() -> bool:
+            return set(reader._fetcher._records) == set(partitions)
+
+        await eventually(has_fetched)
+        order = list(reader._fetcher._records)
+        reader._fetcher._records[order[bad]]._partition_records._records_iterator = corrupt()
+
+        read: dict[int, list[int]] = {number: [] for number in range(PARTITIONS)}
+
+        async def is_done() -> bool:
+            try:
+                polled = await reader.getmany(timeout_ms=100, max_records=7)
+            except CorruptRecordException:
+                return False
+            for partition, records in polled.items():
+                read[partition.partition] += [record.offset for record in records]
+            return sum(map(len, read.values())) >= 5 * PARTITIONS
+
+        await eventually(is_done, within=20)
+
+    assert read == {
+        number: list(range(ends[ACCOUNT, number], ends[ACCOUNT, number] + 5))
+        for number in range(PARTITIONS)
+    }
+
+
+async def test_a_partition_that_cannot_be_read_is_told_when_there_is_nothing_else(
+    world: World,
+) -> None:
+    """Alone, the failure is raised: whoever reads must know, and may wait before the next attempt."""
+    partition = TopicPartition(world.settings.topic(ACCOUNT), 0)
+    start = (await world.ends(ACCOUNT))[ACCOUNT, 0]
+    await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+    reader = Reader(bootstrap_servers=world.settings.kafka_bootstrap)
+    reader.assign([partition])
+    async with reader:
+        reader.seek(partition, start)
+
+        async def has_fetched() -> bool:
+            return partition in reader._fetcher._records
+
+        await eventually(has_fetched)
+        reader._fetcher._records[partition]._partition_records._records_iterator = corrupt()
+
+        with pytest.raises(CorruptRecordException):
+            await reader.getmany(timeout_ms=1000)
+        assert [
+            record.offset for record in (await reader.getmany(timeout_ms=10_000))[partition]
+        ] == [start]
