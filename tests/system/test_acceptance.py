@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from . import stripe_events as stripe
-from .world import ACCOUNT, BOOKING, GENERATION, STRIPE, World, attributes
+from .world import ACCOUNT, BOOKING, GENERATION, STRIPE, World, attributes, eventually
 
 WORLD = {"partitions": 2}
 # What the product promises for holds past their deadline, and for what waited for an owner.
@@ -292,3 +293,98 @@ async def test_a_dead_letter_is_applied_once_when_it_is_replayed_after_the_fix(
     await world.webhook(event)
     await world.passed(STRIPE)
     assert len(await world.entries(f"user:{user}")) == 1
+
+
+async def test_a_subscription_is_granted_once_in_whatever_order_its_events_come(
+    world: World,
+) -> None:
+    """Scenario 2: the four events of a subscription in all 24 orders, each delivered twice, grant 800 credits once."""
+    now = int(time.time())
+    users, events = [], []
+    for order in itertools.permutations(range(4)):
+        user, customer, subscription, invoice = (
+            world.name(kind) for kind in ("u", "cus", "sub", "in")
+        )
+        period = {"subscription": subscription, "start": now, "end": now + 30 * stripe.DAY}
+        invoices = [
+            stripe.invoice(world.name("evt"), customer=customer, id=invoice, type=type_, **period)
+            for type_ in ("invoice.paid", "invoice.payment_succeeded")
+        ]
+        session = {"mode": "subscription", "subscription": subscription, "metadata": {}}
+        started = {"id": subscription, "object": "subscription", "customer": customer}
+        four = [
+            stripe.checkout(world.name("evt"), user=user, customer=customer, **session),
+            *invoices,
+            stripe.event(
+                world.name("evt"),
+                "customer.subscription.created",
+                {**started, "metadata": {"user_id": user}},
+            ),
+        ]
+        for index in order:
+            for _ in range(2):
+                await world.webhook(four[index])
+        users.append(user)
+        events += four
+
+    await world.until(lambda: all(world.changed(f"user:{user}") for user in users))
+    await world.passed(STRIPE)
+    await eventually(lambda: nothing_is_parked(world, events))
+
+    for user in users:
+        (entry,) = await world.entries(f"user:{user}")
+        assert told(entry) == ("subscription_grant", 800, 800, 0, 800)
+
+
+async def nothing_is_parked(world: World, events: list[dict[str, Any]]) -> bool:
+    """Whether none of these events of Stripe still waits for something."""
+    states = [await world.what_became_of("stripe", event["type"], event["id"]) for event in events]
+    return "parked" not in states
+
+
+async def test_a_free_user_has_a_daily_limit_and_a_subscriber_has_none(world: World) -> None:
+    """Scenario 9: the fourth image of a free user's day is refused `daily_limit`; a pro user's tenth is not."""
+    free, pro, customer = world.name("u"), world.name("u"), world.name("cus")
+    await grant(world, free, 100)
+    invoice = stripe.invoice(
+        world.name("evt"),
+        customer=customer,
+        subscription=world.name("sub"),
+        user=pro,
+        start=int(time.time()),
+        end=int(time.time()) + 30 * stripe.DAY,
+    )
+    await world.applied(await world.webhook(invoice))
+    images = {"kind": "image", "units": 1}
+
+    for _ in range(3):
+        await generation(world, "requested", free, world.name("g"), **images)
+    for _ in range(10):
+        await generation(world, "requested", pro, world.name("g"), **images)
+    data = {"generation_id": world.name("g"), "user_id": free, **images}
+    fourth = await world.publish(GENERATION, "generation.requested", data, key=free)
+
+    (refusal,) = await world.answered(fourth)
+    assert (refusal.topic, refusal.data["reason"]) == ("credit.rejected", "daily_limit")
+    assert (await world.balance(f"user:{free}"))["available"] == 100 - 3 * 4
+    assert (await world.balance(f"user:{pro}"))["available"] == 800 - 10 * 4
+
+
+async def test_metadata_of_a_subscription_tell_whose_a_customer_is_for_good(world: World) -> None:
+    """Scenario 11: an id that only the subscription's metadata hold resolves, and is known from then on."""
+    owner, customer = str(uuid.uuid4()), world.name("cus")
+    now = int(time.time())
+    first = stripe.invoice(
+        world.name("evt"), customer=customer, subscription="sub_1", start=now, end=now + stripe.DAY
+    )
+    about = first["data"]["object"]["parent"]["subscription_details"]
+    about["metadata"] = {"resolved_supabase_user_id": owner, "user": "somebody else"}
+    silent = stripe.checkout(
+        world.name("evt"), user="", customer=customer, client_reference_id=None
+    )
+
+    (granted,) = await world.applied(await world.webhook(first))
+    (bought,) = await world.applied(await world.webhook(silent))
+
+    assert (granted["account_id"], granted["amount"]) == (f"user:{owner}", 800)
+    assert (bought["account_id"], bought["amount"]) == (f"user:{owner}", 100)

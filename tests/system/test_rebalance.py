@@ -122,8 +122,10 @@ async def test_a_worker_joins_while_another_has_a_batch_in_its_hands(
     async with held_up(world, user):
         first = world.start_worker()
         await world.until(lambda: count in records(first, "batch_retried"))
+        (member,) = await world.members(ACCOUNT)
         second = world.start_worker()
         await shared(world, 2, 2)
+        assert member in await world.members(ACCOUNT), "nobody was thrown out for being busy"
         await world.until(lambda: records(second, "batch_retried"))
 
     await check_once(world, user, ids)

@@ -201,7 +201,8 @@ class InProcess:
 
     async def ended(self) -> BaseException | None:
         """Wait until it ends by itself; what it failed with."""
-        await asyncio.wait({self._task})
+        await asyncio.wait({self._task}, timeout=PATIENCE_SECONDS)
+        assert self._task.done()
         return self.fault
 
     async def stop(self) -> None:
