@@ -29,6 +29,15 @@ CATALOGUE = parse_catalogue(DEFAULT_CATALOGUE)
 
 # True while a session of this database waits for a lock that another one holds.
 SOMEBODY_WAITS = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+# Ends every other session of this database.
+END_OTHERS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+# True when no other session of this database is left.
+NOBODY_ELSE = (
+    "SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    " AND backend_type = 'client backend'"
+)
 
 _numbers = itertools.count(1)
 

@@ -36,6 +36,7 @@ CREATE FUNCTION wait_for_the_gate() RETURNS trigger LANGUAGE plpgsql AS
 CREATE CONSTRAINT TRIGGER gate AFTER INSERT ON commands DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION wait_for_the_gate();
 """
+PLAIN_COMMIT = "DROP TRIGGER gate ON commands; DROP FUNCTION wait_for_the_gate"
 
 
 @pytest.fixture
@@ -136,6 +137,7 @@ async def test_a_session_that_is_ended_while_it_commits_has_done_nothing(
     assert before == await everything(owner)
 
     await owner.execute(f"SELECT pg_advisory_unlock({GATE})")
+    await owner.execute(PLAIN_COMMIT)
     assert outcomes(await ledger.apply(works)) == {
         "applied": 3,
         "rejected": 1,

@@ -15,6 +15,7 @@ from workers.store.set_aside import Work
 
 from .journal import problems
 from .kit import (
+    NOBODY_ELSE,
     SOMEBODY_WAITS,
     adjust,
     book,
@@ -56,11 +57,7 @@ async def at_once(ledger: Ledger, batches: Sequence[Sequence[Work]]) -> list[Rep
 async def deadlocks(owner: asyncpg.Connection, pool: asyncpg.Pool) -> int:
     """How many deadlocks the database has resolved. Sessions tell their counts when they end."""
     await pool.close()
-    await until(
-        owner,
-        "SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        " AND backend_type = 'client backend'",
-    )
+    await until(owner, NOBODY_ELSE)
     await owner.execute("SELECT pg_stat_clear_snapshot()")
     return await owner.fetchval(
         "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"

@@ -13,25 +13,28 @@ from workers.store.database import answers, open_pool
 from workers.store.failures import classify, describe
 from workers.store.load import OwnersChanged
 
-from .kit import until
+from .kit import END_OTHERS, NOBODY_ELSE, until
 
 
 @pytest.fixture
 async def pair(database_url: str) -> AsyncIterator[tuple[asyncpg.Connection, asyncpg.Connection]]:
-    """Two sessions of a superuser, and a table of two rows."""
-    one, other = [
-        await asyncpg.connect(
-            database_url, server_settings={"deadlock_timeout": "20ms", "search_path": "credits"}
-        )
-        for _ in range(2)
+    """Two sessions of a superuser, in a schema of their own with a table of two rows."""
+    settings = {"deadlock_timeout": "20ms", "search_path": "spots"}
+    one, other, cleaner = [
+        await asyncpg.connect(database_url, server_settings=settings) for _ in range(3)
     ]
-    await one.execute(
-        "CREATE TABLE credits.spots (id int PRIMARY KEY, note text CHECK (note <> 'bad'))"
-    )
+    await one.execute("CREATE SCHEMA spots")
+    await one.execute("CREATE TABLE spots (id int PRIMARY KEY, note text CHECK (note <> 'bad'))")
     await one.execute("INSERT INTO spots VALUES (1, ''), (2, '')")
+    await cleaner.execute("GRANT USAGE ON SCHEMA spots TO credits_reader")
     yield one, other
     for connection in (one, other):
         connection.terminate()
+    await cleaner.execute(END_OTHERS)
+    await cleaner.execute("DROP SCHEMA spots CASCADE")
+    await until(cleaner, NOBODY_ELSE)
+    await cleaner.execute("SELECT pg_stat_reset()")  # a deadlock that was meant is not counted
+    await cleaner.close()
 
 
 async def error_of(attempt: Awaitable[object]) -> BaseException:
@@ -125,10 +128,9 @@ async def read_only(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseE
 
 async def idle_in_transaction(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
     """A transaction that was forgotten."""
+    session = await one.fetchval("SELECT pg_backend_pid()")
     await one.execute("SET idle_in_transaction_session_timeout = '20ms'; BEGIN")
-    await until(
-        other, "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()"
-    )
+    await until(other, f"SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = {session}")
     return await error_of(one.execute("SELECT 1"))
 
 
@@ -201,7 +203,7 @@ async def no_table(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseEx
 async def no_right(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
     """A right that a deployment forgot."""
     await one.execute("SET ROLE credits_reader")
-    return await error_of(one.execute("SELECT * FROM credits.spots"))
+    return await error_of(one.execute("SELECT * FROM spots"))
 
 
 async def internal(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
@@ -384,10 +386,11 @@ async def test_answering_means_that_it_can_be_written_to(
 
     name = await owner.fetchval("SELECT current_database()")
     await owner.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
-    await pool.expire_connections()
-    assert not await answers(pool)
-
-    await owner.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+    try:
+        await pool.expire_connections()
+        assert not await answers(pool)
+    finally:
+        await owner.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
     await pool.expire_connections()
     assert await answers(pool)
     await pool.close()

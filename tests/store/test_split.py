@@ -6,7 +6,7 @@ could have prevented, as a bug of ours would be.
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 import asyncpg
 import pytest
@@ -33,13 +33,15 @@ from .kit import (
 
 # Every entry of an account whose name begins with "bad" is refused.
 REFUSE_BAD = "ALTER TABLE entries ADD CONSTRAINT tests CHECK (account_id NOT LIKE 'user:bad%')"
+REFUSE_NOBODY = "ALTER TABLE entries DROP CONSTRAINT tests"
 
 
 @pytest.fixture
-async def refusing(ledger: Ledger, owner: asyncpg.Connection) -> Ledger:
+async def refusing(ledger: Ledger, owner: asyncpg.Connection) -> AsyncIterator[Ledger]:
     """A ledger over a database that refuses some accounts."""
     await owner.execute(REFUSE_BAD)
-    return ledger
+    yield ledger
+    await owner.execute(REFUSE_NOBODY)
 
 
 async def letters(owner: asyncpg.Connection) -> list[tuple[str, int]]:
@@ -169,6 +171,7 @@ async def test_a_missing_right_gives_no_record_up(
 
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await ledger.apply([grant("ann", 1), grant("bob", 1)])
+    await owner.execute("GRANT INSERT ON entries TO credits_worker")
 
     assert await letters(owner) == []
     assert await owner.fetchval("SELECT count(*) FROM accounts") == 0
@@ -307,6 +310,7 @@ async def test_an_account_that_cannot_be_settled_does_not_stop_the_others(
 
     while await ledger.settle(100) is not None:
         pass
+    await owner.execute(REFUSE_NOBODY)
 
     rows = await owner.fetch("SELECT account_id, held FROM accounts ORDER BY 1")
     assert [tuple(row) for row in rows] == [("user:ann", 0), ("user:bad", 4), ("user:cat", 0)]
