@@ -51,6 +51,12 @@ class Display:
             seconds = time.monotonic() - self._begun
             print(f"[{seconds:7.1f} s] {sentence}", file=sys.stderr, flush=True)
 
+    def expect(self, more: int) -> None:
+        """There will be more runs than was thought."""
+        self._total += more
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
+
     def begin(self, run: str) -> None:
         """A run begins."""
         self._run = run
