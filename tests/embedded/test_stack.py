@@ -41,10 +41,12 @@ SECOND_START_SECONDS_MAX = 8.0
 DEADLINE_SECONDS = 20.0
 TOPIC = "kept"
 
+# A test run that a shell put into the background ignores SIGINT, and so would its children.
 SUPERVISOR = """
-import dataclasses, json, sys
+import dataclasses, json, signal, sys
 from pathlib import Path
 from workers.embedded import EmbeddedStack
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with EmbeddedStack(Path(sys.argv[1])) as stack:
     print(json.dumps(dataclasses.asdict(stack.start())), flush=True)
     sys.stdin.read()
