@@ -34,8 +34,12 @@ SET LOCAL ROLE credits_owner;
 SET LOCAL search_path = credits;
 
 -- An id as the contract defines it: 1–255 printable ASCII characters without spaces.
-CREATE DOMAIN external_id AS text COLLATE "C" CHECK (VALUE ~ '^[!-~]{1,255}$');
-CREATE DOMAIN owner_id AS text COLLATE "C" CHECK (VALUE ~ '^(user|org):[!-~]{1,255}$');
+-- The length stands apart from the pattern: a bounded repetition costs PostgreSQL's regular expressions twenty
+-- microseconds and more for each value, which was most of the database's work.
+CREATE DOMAIN external_id AS text COLLATE "C"
+    CHECK (VALUE ~ '^[!-~]+$' AND octet_length(VALUE) <= 255);
+CREATE DOMAIN owner_id AS text COLLATE "C"
+    CHECK (VALUE ~ '^(user|org):[!-~]+$' AND octet_length(VALUE) <= position(':' IN VALUE) + 255);
 CREATE DOMAIN credits_held_or_owned AS bigint CHECK (VALUE >= 0);
 
 -- One row per owner (R1). The totals are a cache of the owner's lots, provable from the entries (R2).

@@ -30,6 +30,9 @@ def _session(role: Role, name: str) -> dict[str, str]:
         "statement_timeout": str(STATEMENT_MS),
         "lock_timeout": str(LOCK_MS),
         "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
+        # Each statement finds its rows by key. On tables that nobody has analysed yet the planner would rather read
+        # them whole, keep that plan, and be slower with every row.
+        "enable_seqscan": "off",
         "tcp_keepalives_idle": str(KEEPALIVE_SECONDS),
         "tcp_keepalives_interval": str(KEEPALIVE_SECONDS),
         "tcp_keepalives_count": str(KEEPALIVES_MAX),
