@@ -2,9 +2,11 @@
 
 from datetime import UTC, datetime
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workers.messages.envelope import read_json
 from workers.messages.record import Header, Record, Refused, decode_headers, encode_headers
 
 names = st.text(
@@ -74,3 +76,12 @@ def test_a_refusal_can_be_stored_and_printed_whatever_it_quotes(text: str) -> No
     assert detail.isprintable()
     assert detail == detail.encode().decode()
     assert text == detail or not text.isprintable()
+
+
+def test_a_refusal_is_short_whatever_it_quotes() -> None:
+    """A key of a megabyte, repeated, is not told in full."""
+    key = b'"' + b"a" * 1_000_000 + b'"'
+    with pytest.raises(Refused) as refused:
+        read_json(b"{" + key + b": 1, " + key + b": 1}")
+
+    assert len(refused.value.detail) <= 2000

@@ -12,6 +12,9 @@ Header: TypeAlias = tuple[str, bytes | None]
 READ_HEADERS = frozenset({"content-type", "stripe-signature"})
 TRACEPARENT = "traceparent"
 
+# A refusal may quote a stranger's key, which may be as long as a record.
+DETAIL_CHARACTERS_MAX = 2000
+
 DeadReason: TypeAlias = Literal[
     "malformed",
     "unsupported_version",
@@ -32,7 +35,7 @@ class Refused(Exception):  # noqa: N818 - a verdict on a message, not a failure 
     """
 
     def __init__(self, reason: DeadReason, detail: str, *, manual_fix: bool = False) -> None:
-        detail = _printable(detail)
+        detail = _printable(detail[:DETAIL_CHARACTERS_MAX])
         super().__init__(detail)
         self.reason: DeadReason = reason
         self.detail = detail
