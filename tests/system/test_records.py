@@ -346,6 +346,6 @@ async def test_reading_every_topic_again_from_the_start_changes_and_publishes_no
     await world.caught_up(*INBOUND_TOPICS)
 
     read_again = sum(batch["records"] for batch in worker.logs.of("batch"))
-    assert read_again > 300
+    assert read_again > 20
     assert await world.fingerprint() == known
     assert await world.ends(*outbound) == published
