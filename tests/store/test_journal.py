@@ -1,10 +1,13 @@
 """The chain of entries, checked from the stored rows alone: whole after any life, broken by any edit (R9)."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from uuid import UUID
 
 import asyncpg
 
 from workers.batch import Ledger
+from workers.ledger.model import Entry, LotMove
 
 from . import life
 from .journal import problems
@@ -98,6 +101,79 @@ async def test_an_entry_of_any_time_and_text_can_be_built_again(
     rows = await owner.fetch("SELECT occurred_at FROM entries ORDER BY version")
     assert [row[0].isoformat()[:4] for row in rows] == ["0001", "9999", "2026"]
     assert await problems(owner) == []
+
+
+ENTRY = Entry(
+    account_id="user:ann",
+    version=2,
+    entry_id=UUID("01931b6e-7d1c-7c3e-9a52-000000000001"),
+    transaction_id=UUID("01931b6e-7d1c-7c3e-9a52-000000000002"),
+    kind="generation_capture",
+    subscription_delta=-1,
+    purchased_delta=-3,
+    held_delta=-4,
+    debt_delta=0,
+    balance_before=14,
+    balance_after=10,
+    subscription_after=2,
+    purchased_after=8,
+    held_after=3,
+    debt_after=0,
+    moves=(LotMove(UUID("01931b6e-7d1c-7c3e-9a52-000000000003"), "purchased", -3, -4),),
+    member_id=None,
+    cause={"source": "tests", "type": "generation.completed", "id": "e1", "idempotency_key": "k1"},
+    topic="generation.events",
+    partition=0,
+    offset=5,
+    trace_id=None,
+    catalogue_version="2026-11",
+    occurred_at=datetime(2026, 11, 21, 9, tzinfo=UTC),
+    recorded_at=datetime(2026, 11, 21, 10, 0, 0, 12_000, tzinfo=UTC),
+    previous_hash=bytes(32),
+)
+# Chains are stored: another way to hash would make every one of them look broken. Change it with a migration only.
+LINK = "99ac3e160f3a6b8a225099faf1f7f38969859eba66db553166d833f9807fc011"
+# Another value of each field.
+OTHERS = {
+    "account_id": "user:bob",
+    "kind": "purchase",
+    "moves": (),
+    "member_id": "bob",
+    "cause": {**ENTRY.cause, "id": "e2"},
+    "topic": "booking.events",
+    "trace_id": "0af7651916cd43dd8448eb211c80319c",
+    "catalogue_version": "2026-12",
+    "entry_id": UUID(int=1),
+    "transaction_id": UUID(int=1),
+    "occurred_at": datetime(2026, 11, 21, 9, 0, 0, 1, tzinfo=UTC),
+    "recorded_at": datetime(2026, 11, 21, 9, 0, 0, 1, tzinfo=UTC),
+    "previous_hash": b"",
+}
+
+
+def test_the_link_of_an_entry_is_the_same_for_ever() -> None:
+    """The hash of an entry that was stored yesterday is found again by every later release."""
+    assert ENTRY.link.hex() == LINK
+
+
+def test_the_link_covers_every_field() -> None:
+    """No field of an entry, and no part of what it did to a lot, can be changed without changing its link."""
+    found = {}
+    for item in fields(Entry):
+        if item.init:
+            value = OTHERS.get(item.name, 999)
+            found[item.name] = replace(ENTRY, **{item.name: value}).link
+    (move,) = ENTRY.moves
+    for name, value in {
+        "lot_id": UUID(int=1),
+        "pool": "subscription",
+        "amount": 9,
+        "held": 9,
+    }.items():
+        found[f"moves.{name}"] = replace(ENTRY, moves=(move._replace(**{name: value}),)).link
+
+    assert len({ENTRY.link, *found.values()}) == len(found) + 1
+    assert replace(ENTRY, offset=None).link != replace(ENTRY, partition=None).link
 
 
 async def test_an_edit_of_any_column_of_an_old_entry_is_found(
