@@ -1,5 +1,6 @@
 """R8: what the same key stands for. Content decides; spelling, order, time and unknown fields do not."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -46,6 +47,43 @@ def test_spelling_is_not_content(type_: str) -> None:
     assert {name: content(event(type_, data)) for name in variants} == {
         name: content(record) for name, record in variants.items()
     }
+
+
+def test_the_order_of_external_ids_is_not_content() -> None:
+    """A dictionary inside the data is sorted too."""
+    ids = {"stripe": "cus_1", "auth0": "a|1"}
+    one, other = (
+        event("user.created", {"user_id": "ann", "external_ids": given})
+        for given in (ids, backwards(ids))
+    )
+
+    assert content(one) == content(other)
+
+
+@pytest.mark.parametrize(
+    ("type_", "text"),
+    [
+        ("generation.requested", '{"generation_id":"g","kind":"k","units":1,"user_id":"u"}'),
+        ("generation.completed", '{"generation_id":"g","user_id":"u"}'),
+        ("generation.failed", '{"generation_id":"g","user_id":"u"}'),
+        ("generation.cancelled", '{"generation_id":"g","user_id":"u"}'),
+        ("generation.refunded", '{"generation_id":"g","reason":"r","user_id":"u"}'),
+        ("booking.requested", '{"booking_id":"b","client_id":"c","credits":1,"practitioner_id":"p"}'),
+        ("booking.cancelled", '{"booking_id":"b"}'),
+        ("user.created", '{"external_ids":{},"user_id":"u"}'),
+        ("user.linked", '{"external_id":"x","provider":"p","user_id":"u"}'),
+        ("credits.granted", '{"credits":1,"expires_at":"2027-01-01T00:00:00Z","pool":"purchased","reason":"r","user_id":"u"}'),
+        ("credits.adjusted", '{"credits":-1,"reason":"r","user_id":"u"}'),
+        ("credits.transferred", '{"credits":1,"from_user_id":"f","reason":"r","to_user_id":"t"}'),
+    ],
+)  # fmt: skip
+def test_the_content_of_an_event_is_the_same_for_ever(type_: str, text: str) -> None:
+    """The ledger remembers fingerprints: a field that a later release adds must leave those of older events alone,
+    or each repeat of one would be a conflict.
+    """
+    expected = hashlib.sha256(f'["{type_}",{text}]'.encode()).digest()
+
+    assert expected == content(event(type_, None, value=text.encode()))
 
 
 @pytest.mark.parametrize("type_", TYPES)

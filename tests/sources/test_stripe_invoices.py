@@ -66,8 +66,9 @@ def test_a_paid_invoice_starts_a_period(invoice: Invoice, line: Line, type_: str
 def test_an_invoice_in_both_shapes_at_once_is_read_as_new() -> None:
     """In practice old fields stay beside new ones; the new ones are right."""
     mixed = {
-        **old_invoice(subscription="sub_old"),
-        **new_invoice({**old_line("price_old", subscription="sub_old"), **new_line()}),
+        **old_invoice(),
+        **new_invoice({**old_line("price_old"), **new_line(), "subscription": "sub_old"}),
+        "subscription": "sub_old",
     }
 
     assert lines(mixed) == (LINE,)
