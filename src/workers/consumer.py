@@ -311,7 +311,8 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:  # noqa: ARG002 - aiokafka's signature
         """Let the batch in flight end, so that the next owner need not read it again; but not for ever."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), REVOKE_SECONDS)
+            async with asyncio.timeout(REVOKE_SECONDS):
+                await self._idle.wait()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         """New partitions are paused too while the database is away."""

@@ -125,7 +125,9 @@ class Relay:
                 self._wake.clear()
                 if await self.publish_once(connection, producer) < ROWS_MAX:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+                        # Not wait_for: before Python 3.12 it forgets a cancellation that meets the wake-up.
+                        async with asyncio.timeout(POLL_SECONDS):
+                            await self._wake.wait()
         finally:
             await close_producer(producer)
 

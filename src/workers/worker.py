@@ -141,7 +141,9 @@ class Worker:
                 log.warning("parked_wait", cause=cause)
             self._linked.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._linked.wait(), PARKED_SECONDS)
+                # Not wait_for: before Python 3.12 it forgets a cancellation that meets the wake-up.
+                async with asyncio.timeout(PARKED_SECONDS):
+                    await self._linked.wait()
 
     async def _beat(self) -> None:
         """Tell in the database that this worker lives and what it consumes."""
@@ -188,7 +190,8 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
         failing.cancel()
     finally:
         with suppress(TimeoutError):
-            await asyncio.wait_for(pool.close(), 5)
+            async with asyncio.timeout(5):
+                await pool.close()
 
 
 async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:
@@ -230,5 +233,6 @@ async def _patiently(
                 raise
             log.warning("waiting", what=what, exc_info=error)
         with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), START_BACKOFF_SECONDS)
+            async with asyncio.timeout(START_BACKOFF_SECONDS):
+                await stop.wait()
     return None

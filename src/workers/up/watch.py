@@ -181,7 +181,8 @@ class Watcher:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
             try:
-                await asyncio.wait_for(consumer.stop(), 2.0)
+                async with asyncio.timeout(2.0):
+                    await consumer.stop()
             except (TimeoutError, KafkaError):
                 pass
 
@@ -316,7 +317,8 @@ class Watcher:
         if consumer is None:
             return
         try:
-            ends = await asyncio.wait_for(consumer.end_offsets(self._inbound), 2.0)
+            async with asyncio.timeout(2.0):
+                ends = await consumer.end_offsets(self._inbound)
         except (KafkaError, TimeoutError):
             return  # the last number stands until the broker answers again
         self.picture.events_total = sum(ends.values()) - self._events_before
