@@ -234,7 +234,7 @@ async def test_a_released_connection_is_what_it_was(database_url: str) -> None:
     """What one user of a pool sets for himself is gone for the next one; the role stays, since nobody sets it."""
     async with await open_pool(database_url, size_max=1, name="tests") as pool:
         async with pool.acquire() as connection:
-            for change in ("SET statement_timeout = 0", "SET search_path = public", "RESET ALL"):
+            for change in ("SET statement_timeout = 0", "SET search_path = public"):
                 await connection.execute(change)
         async with pool.acquire() as connection:
             row = await connection.fetchrow(
