@@ -330,6 +330,8 @@ async def test_reading_every_topic_again_from_the_start_changes_and_publishes_no
     for credits in (30, 80):  # the second is refused
         booking = {"booking_id": world.name("b"), "client_id": user, "practitioner_id": "p"}
         await world.publish(BOOKING, "booking.requested", {**booking, "credits": credits})
+    place = await world.publish_raw(BOOKING, b"{", headers=attributes("booking.requested", "bad"))
+    await world.dead_letter(place)
     generation = {"generation_id": world.name("g"), "user_id": user, "kind": "sketch"}
     for type_, credits in (("requested", 10), ("completed", 7), ("completed", 7)):
         data = {**generation, "credits": credits}
