@@ -91,9 +91,12 @@ async def client_timeout(one: asyncpg.Connection, other: asyncpg.Connection) -> 
 async def cancelled(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
     """A statement that an operator cancels."""
     attempt = asyncio.create_task(error_of(one.execute("SELECT pg_sleep(9)")))
-    await until(other, "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+    await until(
+        other,
+        "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()",
+    )
     await other.execute(
-        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
     )
     return await attempt
 
@@ -101,9 +104,12 @@ async def cancelled(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseE
 async def terminated(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
     """A session that an operator, or a restart, ends."""
     attempt = asyncio.create_task(error_of(one.execute("SELECT pg_sleep(9)")))
-    await until(other, "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+    await until(
+        other,
+        "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()",
+    )
     await other.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
     )
     return await attempt
 
