@@ -104,6 +104,7 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
         (["dead", "discard", "1", "--by-reason", " "], "--by-reason"),
         (["balance", "user:ada", "--at", "yesterday"], "2026-11-21T10:00:00Z"),
         (["balance", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
+        (["balance", "user:ada", "--at", "0001-01-01T00:00:00+14:00"], "year"),
         (["why"], "credits why --help"),
         (["why", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
         (["catalogue", "check", "/no/such/file"], "/no/such/file"),

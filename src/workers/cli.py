@@ -498,7 +498,7 @@ def _keep_libraries_quiet() -> None:
 def _moment(text: str | None) -> Any:
     if text is None:
         return None
-    from datetime import datetime
+    from datetime import UTC, datetime
 
     try:
         moment = datetime.fromisoformat(text)
@@ -508,7 +508,10 @@ def _moment(text: str | None) -> Any:
         raise UnusableError(
             f"--at {text} is not a time with an offset: write it as 2026-11-21T10:00:00Z"
         )
-    return moment
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise UnusableError(f"--at {text} is in no year that a calendar has") from error
 
 
 async def _resolved(pool: "Pool", owner: str) -> str:

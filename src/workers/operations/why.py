@@ -1274,11 +1274,11 @@ def _number(count: int, noun: str) -> str:
 def _time(moment: datetime | None) -> str:
     if moment is None:
         return "an unknown time"
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
+    return f"{moment.astimezone(UTC).isoformat(' ', 'seconds')[:19]}Z"
 
 
 def _minute(moment: datetime | None, otherwise: str) -> str:
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}Z" if moment else otherwise
+    return f"{_time(moment)[:16]}Z" if moment else otherwise
 
 
 # -- a page ------------------------------------------------------------------------------------------------------
