@@ -72,21 +72,9 @@ def test_a_signed_body_that_is_no_event_is_malformed(body: str) -> None:
 
 @pytest.mark.parametrize(
     "type_",
-    ["refund.created", "refund.updated", "refund.failed", "charge.refunded", "charge.dispute.created",
-     "charge.dispute.closed", "charge.dispute.funds_withdrawn", "charge.dispute.funds_reinstated"],
-)  # fmt: skip
-def test_money_that_goes_back_is_kept_for_the_release_that_applies_it(type_: str) -> None:
-    """Nothing of a refund is lost: it is a dead letter, alerted, and replayed after the upgrade."""
-    refused = refusal(stripe(type_, example("refund")))
-
-    assert (refused.reason, refused.manual_fix) == ("unsupported_version", True)
-
-
-@pytest.mark.parametrize(
-    "type_",
     ["plan.created", "customer.deleted", "customer.subscription.deleted", "invoice.created",
      "invoice.payment_failed", "checkout.session.expired", "checkout.session.async_payment_failed",
-     "payment_intent.succeeded", "charge.succeeded", "invoice_payment.paid", "refund.created.v2"],
+     "payment_intent.succeeded", "charge.succeeded", "refund.created.v2"],
 )  # fmt: skip
 def test_what_is_of_no_concern_is_ignored_and_counted(type_: str) -> None:
     """An event that moves no credits is ignored by its name."""

@@ -9,6 +9,7 @@ from workers.ledger.commands import (
     GrantCredits,
     Link,
     LinkIdentities,
+    MergeAccounts,
     RegisterUser,
     TransferCredits,
 )
@@ -21,6 +22,7 @@ from workers.messages.inbound import (
     Data,
     UserCreated,
     UserLinked,
+    UserMerged,
 )
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
@@ -61,6 +63,10 @@ def _action(data: Data, identities: Identities) -> Action:
             )
         case CreditsAdjusted():
             return AdjustCredits(_owner(data, identities), data.credits, data.reason)
+        case UserMerged():
+            return MergeAccounts(
+                identities.user(data.from_user_id), identities.user(data.to_user_id)
+            )
         case CreditsTransferred():
             sender, receiver = identities.user(data.from_user_id), identities.user(data.to_user_id)
             return TransferCredits(sender, receiver, data.credits, data.reason)
@@ -97,7 +103,7 @@ def _external_ids(data: Data) -> tuple[str, ...]:
             return (data.user_id, data.external_id)
         case CreditsGranted() | CreditsAdjusted():
             return (data.user_id,) if data.user_id else ()
-        case CreditsTransferred():
+        case CreditsTransferred() | UserMerged():
             return (data.from_user_id, data.to_user_id)
         case _:
             return ()

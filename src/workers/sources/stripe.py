@@ -1,32 +1,48 @@
 """Stripe events → commands (R7, R8, R13, R14).
 
-Own tolerant models over the raw JSON, because the SDK's objects are not dictionaries and raise for a missing
-field. Both shapes are read: before and after 2025-03-31 (Stripe's changelog, "basil"): an invoice's subscription
-moved to `parent.subscription_details`, a line's price to `pricing.price_details`, its flags to `parent`.
+Each event becomes at most one command. What several events say of one purchase shares a business key, and what they say
+of one payment adds up in any order, so nothing here depends on which of them comes first.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing import Any
 
 from workers.ledger.catalogue import CREDITS_MAX, Catalogue
 from workers.ledger.commands import (
+    Action,
     BuyPack,
     Cause,
     Command,
+    DisputePayment,
+    DisputeStep,
     Link,
     LinkIdentities,
+    PayInvoice,
+    PaymentIds,
     PeriodLine,
+    RefundCharge,
+    RefundPayment,
+    RefundStatus,
     StartPeriods,
 )
 from workers.messages.envelope import ID, read_json
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import read_data
 from workers.sources.signature import BadSignature, verify
+from workers.sources.stripe_objects import (
+    Charge,
+    Customer,
+    Dispute,
+    Envelope,
+    Invoice,
+    InvoicePayment,
+    Price,
+    Refund,
+    Session,
+)
 from workers.sources.understood import Identities, Ignored, Understood, Waiting
 
 STRIPE = "stripe"
@@ -42,164 +58,12 @@ LINKING = frozenset(
         "customer.subscription.updated",
     }
 )
-# Money that goes back: kept as dead letters until a release applies them, so that none is lost.
-TO_COME = re.compile(r"^(refund\.(created|updated|failed)|charge\.refunded|charge\.dispute\.\w+)$")
+# `charge.refund.updated` is the older name of `refund.updated`.
+REFUND = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refund.updated"})
+DISPUTE = re.compile(r"charge\.dispute\.(created|updated|funds_withdrawn|funds_reinstated|closed)")
 # As it is written everywhere; `uuid.UUID` would also take `0x` and underscores between the digits.
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 UUID_LAYERS = ("resolved_supabase_user_id", "supabase_user_id", "original_userId")
-
-
-def _id_of(value: Any) -> Any:
-    """An expandable field is an id, or the object with its id."""
-    return value.get("id") if isinstance(value, dict) else value
-
-
-StripeId = Annotated[
-    Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | None, BeforeValidator(_id_of)
-]
-Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
-Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
-
-
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _Price(_Object):
-    id: StripeId = None
-
-
-class _LineItem(_Object):
-    price: _Price | str | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
-
-
-class _LineItems(_Object):
-    data: tuple[_LineItem, ...] = ()
-
-
-class _Session(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    mode: str | None = None
-    payment_status: str | None = None
-    customer: StripeId = None
-    subscription: StripeId = None
-    payment_intent: StripeId = None
-    client_reference_id: str | None = None
-    amount_total: Annotated[int, Field(ge=0, le=10**15)] | None = None
-    metadata: Metadata = Field(default_factory=dict)
-    line_items: _LineItems | None = None
-
-
-class _Period(_Object):
-    start: Seconds
-    end: Seconds
-
-
-class _SubscriptionDetails(_Object):
-    subscription: StripeId = None
-    metadata: Metadata = Field(default_factory=dict)
-    proration: bool = False
-
-
-class _Parent(_Object):
-    type: str | None = None
-    subscription_details: _SubscriptionDetails | None = None
-    subscription_item_details: _SubscriptionDetails | None = None
-    invoice_item_details: _SubscriptionDetails | None = None
-
-
-class _PriceDetails(_Object):
-    price: StripeId = None
-
-
-class _Pricing(_Object):
-    price_details: _PriceDetails | None = None
-
-
-class _InvoiceLine(_Object):
-    period: _Period | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    amount: Annotated[int, Field(ge=-(10**15), le=10**15)] | None = None
-    type: str | None = None
-    price: _Price | None = None
-    pricing: _Pricing | None = None
-    proration: bool | None = None
-    subscription: StripeId = None
-    parent: _Parent | None = None
-
-    @property
-    def price_id(self) -> str | None:
-        """New shape first: in practice both may be there."""
-        details = self.pricing.price_details if self.pricing else None
-        return (details.price if details else None) or (self.price.id if self.price else None)
-
-    @property
-    def item(self) -> _SubscriptionDetails:
-        """What the line says of its subscription, in the new shape."""
-        parent = self.parent or _Parent()
-        return (
-            parent.subscription_item_details
-            or parent.invoice_item_details
-            or _SubscriptionDetails()
-        )
-
-    @property
-    def is_extra(self) -> bool:
-        """Something billed beside the subscription, such as a set-up fee: no plan is expected of it."""
-        return self.type == "invoiceitem" or (
-            self.parent is not None and self.parent.type == "invoice_item_details"
-        )
-
-    @property
-    def is_proration(self) -> bool:
-        """A correction inside a period; it starts none."""
-        return bool(self.proration) or self.item.proration
-
-
-class _InvoiceLines(_Object):
-    data: tuple[_InvoiceLine, ...] = ()
-    has_more: bool = False
-
-
-class _Invoice(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    customer: StripeId = None
-    subscription: StripeId = None
-    subscription_details: _SubscriptionDetails | None = None
-    parent: _Parent | None = None
-    payment_intent: StripeId = None
-    metadata: Metadata = Field(default_factory=dict)
-    lines: _InvoiceLines = _InvoiceLines()
-
-    @property
-    def details(self) -> _SubscriptionDetails:
-        """What the invoice says of its subscription, wherever this version keeps it."""
-        new = self.parent.subscription_details if self.parent else None
-        return new or self.subscription_details or _SubscriptionDetails()
-
-    @property
-    def subscription_id(self) -> str | None:
-        """The subscription that this invoice is for, if any."""
-        named = self.details.subscription or self.subscription
-        lines = (line.item.subscription or line.subscription for line in self.lines.data)
-        return named or next((found for found in lines if found), None)
-
-
-class _Customer(_Object):
-    """A customer, or a subscription: what either says about who the customer is."""
-
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    object: str | None = None
-    customer: StripeId = None
-    metadata: Metadata = Field(default_factory=dict)
-
-
-class _Envelope(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    type: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    created: Seconds
-    data: dict[str, Any]
 
 
 def read_stripe(
@@ -221,10 +85,7 @@ def read_stripe(
             "thin_event",
             "a thin event names its object only; send snapshot events to this endpoint",
         )
-    event = read_data(_Envelope, parsed)
-    if TO_COME.match(event.type):
-        detail = f"{event.type} is not applied by this release; replay this dead letter after the upgrade"
-        raise Refused("unsupported_version", detail, manual_fix=True)
+    event = read_data(Envelope, parsed)
     cause = Cause(
         source=STRIPE,
         type=event.type,
@@ -239,20 +100,28 @@ def read_stripe(
     if event.type in CHECKOUT_PAID | INVOICE_PAID:
         try:
             if event.type in CHECKOUT_PAID:
-                return _read_checkout(cause, read_data(_Session, object_), catalogue)
-            return _read_invoice(cause, read_data(_Invoice, object_), catalogue)
+                return _read_checkout(cause, read_data(Session, object_), catalogue)
+            return _read_invoice(cause, read_data(Invoice, object_), catalogue)
         except Refused as refused:
             refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
             raise
     if event.type in LINKING:
-        return _read_linking(cause, read_data(_Customer, object_))
-    return Ignored(event.type)
+        return _read_linking(cause, read_data(Customer, object_))
+    try:
+        action = _money_action(event.type, object_)
+    except Refused as refused:
+        refused.manual_fix = True  # money moved, and credits should follow it
+        raise
+    if action is None:
+        return Ignored(event.type)
+    command = Command(cause, action, _fingerprint(cause))
+    return Understood(cause, (), lambda _: command)
 
 
 # -- checkout --------------------------------------------------------------------------------------------------
 
 
-def _read_checkout(cause: Cause, session: _Session, catalogue: Catalogue) -> Understood | Ignored:
+def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Understood | Ignored:
     claimed = _claimed_user((session.metadata,), session.client_reference_id)
     if session.mode == "subscription" or (session.mode is None and session.subscription):
         if session.customer is None or claimed is None:
@@ -293,13 +162,13 @@ def _read_checkout(cause: Cause, session: _Session, catalogue: Catalogue) -> Und
     return Understood(cause, _ids(session.customer, claimed), build)
 
 
-def _bought(session: _Session, catalogue: Catalogue) -> tuple[int, int | None]:
+def _bought(session: Session, catalogue: Catalogue) -> tuple[int, int | None]:
     """Credits and days until expiry: by price, else `metadata.pack`, else `metadata.credits`."""
     items = session.line_items.data if session.line_items else ()
     names = []
     for item in items:
         name = catalogue.pack_of_price(
-            item.price.id if isinstance(item.price, _Price) else item.price
+            item.price.id if isinstance(item.price, Price) else item.price
         )
         if name is not None:
             names.extend([name] * (1 if item.quantity is None else item.quantity))
@@ -326,7 +195,7 @@ def _bought(session: _Session, catalogue: Catalogue) -> tuple[int, int | None]:
 # -- invoices --------------------------------------------------------------------------------------------------
 
 
-def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Understood | Ignored:
+def _read_invoice(cause: Cause, invoice: Invoice, catalogue: Catalogue) -> Understood | Ignored:
     subscription_id = invoice.subscription_id
     if subscription_id is None:
         return Ignored(cause.type)
@@ -346,6 +215,7 @@ def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Unde
             lines=lines,
             invoice_id=invoice.id,
             payment_id=invoice.payment_intent,
+            paid=invoice.amount_paid,
             references=references,
         )
         return Command(
@@ -358,7 +228,7 @@ def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Unde
     return Understood(cause, _ids(invoice.customer, claimed), build)
 
 
-def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
+def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
     """The lines that start a period of a plan. Raises Refused when a paid line is of a plan nobody knows."""
     if invoice.lines.has_more:
         detail = f"invoice {invoice.id} has more lines than its event carries; they must be fetched"
@@ -390,16 +260,62 @@ def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, 
                 quantity=1 if line.quantity is None else line.quantity,
                 # A coupon leaves the line's amount and discounts it; a trial's line costs nothing (R14).
                 trial=line.amount == 0,
-                paid=line.amount if line.amount is None else max(0, line.amount),
             )
         )
     return tuple(lines)
 
 
+# -- money that goes back (R7) ------------------------------------------------------------------------------------
+
+
+def _money_action(type_: str, object_: Any) -> Action | None:
+    """What an event about a payment says; None for one that says nothing of money that came or went."""
+    if type_ == "invoice_payment.paid":
+        paid = read_data(InvoicePayment, object_)
+        name = paid.payment.name if paid.payment else None
+        return PayInvoice(PaymentIds(name), paid.invoice) if name and paid.invoice else None
+    if type_ in REFUND:
+        refund = read_data(Refund, object_)
+        failed = type_ == "refund.failed" or refund.status in {"failed", "canceled"}
+        status: RefundStatus = "succeeded" if refund.status == "succeeded" else "pending"
+        payment = _payment(refund.payment_intent, refund.charge, f"refund {refund.id}")
+        return RefundPayment(payment, refund.id, refund.amount, "failed" if failed else status)
+    if type_ == "charge.refunded":
+        charge = read_data(Charge, object_)
+        payment = _payment(charge.payment_intent, charge.id, f"charge {charge.id}")
+        return RefundCharge(payment, charge.amount_refunded)
+    if DISPUTE.fullmatch(type_):
+        dispute = read_data(Dispute, object_)
+        payment = _payment(dispute.payment_intent, dispute.charge, f"dispute {dispute.id}")
+        step = _dispute_step(type_.rpartition(".")[2], dispute.status)
+        return DisputePayment(payment, dispute.id, dispute.amount, step)
+    return None
+
+
+def _payment(payment_intent: str | None, charge: str | None, what: str) -> PaymentIds:
+    name = payment_intent or charge
+    if name is None:
+        raise Refused("unresolved", f"{what} names neither its payment intent nor its charge")
+    return PaymentIds(name, charge)
+
+
+def _dispute_step(event: str, status: str) -> DisputeStep:
+    """Withdrawal and reinstatement are told by their events, the end by the status; an inquiry moves nothing."""
+    if event == "funds_withdrawn":
+        return "withdrawn"
+    if event == "funds_reinstated":
+        return "reinstated"
+    if status == "lost":
+        return "lost"
+    if status == "won":
+        return "won"
+    return "inquiry" if status.startswith("warning_") or event == "closed" else "opened"
+
+
 # -- who it is (R13) ---------------------------------------------------------------------------------------------
 
 
-def _read_linking(cause: Cause, customer: _Customer) -> Understood | Ignored:
+def _read_linking(cause: Cause, customer: Customer) -> Understood | Ignored:
     customer_id = customer.id if customer.object in {"customer", None} else customer.customer
     claimed = _claimed_user((customer.metadata,), None)
     if customer_id is None or claimed is None:
