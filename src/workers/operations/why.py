@@ -145,7 +145,7 @@ class Spent(View):
         str,
         Field(
             description="generation, booking, booking_given_back (an earning taken back), debt, transfer, "
-            "adjustment, or the kind of the entry."
+            "adjustment, imported (history of an old system), or the kind of the entry."
         ),
     ]
     id: str
@@ -317,7 +317,7 @@ WITH by_lot AS (
     SELECT j.lot_id, l.lot_id IS NOT NULL AS known, l.account_id IS NOT DISTINCT FROM $1 AS mine, true AS told,
            coalesce(l.pool, j.pool) AS pool, coalesce(l.granted, j.granted_here) AS granted, l.remaining, l.held,
            l.expired AS stored_expired, l.clawed AS stored_clawed, l.expires_at, l.source_kind, l.source_reference,
-           l.granted_version, l.granted_at, j.arrived_version, j.merged_in, j.restored, j.expired, j.clawed, j.moved,
+           l.granted_version, l.granted_at, l.position, j.arrived_version, j.merged_in, j.restored, j.expired, j.clawed, j.moved,
            j.spent, j.net, j.net_held,
            CASE WHEN j.granted_here > 0 THEN j.granted_here
                 WHEN l.source_kind = 'clawback_reversal' AND j.restored >= l.granted AND j.merged_in = 0
@@ -325,7 +325,8 @@ WITH by_lot AS (
     FROM by_lot j LEFT JOIN lots l ON l.lot_id = j.lot_id
     UNION ALL
     SELECT l.lot_id, true, true, false, l.pool, l.granted, l.remaining, l.held, l.expired, l.clawed, l.expires_at,
-           l.source_kind, l.source_reference, l.granted_version, l.granted_at, l.granted_version, 0, 0, 0, 0, 0, 0, 0, 0, 0
+           l.source_kind, l.source_reference, l.granted_version, l.granted_at, l.position, l.granted_version, 0, 0, 0, 0, 0,
+           0, 0, 0, 0
     FROM lots l
     WHERE l.account_id = $1 AND l.open AND NOT $4 AND NOT EXISTS (SELECT FROM by_lot j WHERE j.lot_id = l.lot_id)
 ), placed_in_time AS (
@@ -334,7 +335,7 @@ WITH by_lot AS (
     FROM paired p
 ), counted AS (
     SELECT lot_id, known, mine, told, in_part, by_row, from_elsewhere, pool, expires_at, source_kind, source_reference,
-           granted_at, granted, net, net_held, remaining AS stored_remaining, held AS stored_held, stored_expired,
+           granted_at, granted_version, position, granted, net, net_held, remaining AS stored_remaining, held AS stored_held, stored_expired,
            stored_clawed, CASE WHEN in_part THEN granted_version ELSE arrived_version END AS arrived_version,
            CASE WHEN from_elsewhere AND NOT in_part THEN granted - merged_in - greatest(0, given_back - clawed) ELSE 0
            END AS elsewhere,
@@ -369,9 +370,9 @@ WITH by_lot AS (
 ), placed AS (
     SELECT j.*, row_number() OVER (PARTITION BY open ORDER BY
                CASE WHEN open THEN pool END DESC, CASE WHEN open THEN expires_at END ASC NULLS LAST,
-               CASE WHEN NOT open THEN granted_at END DESC, CASE WHEN NOT open THEN arrived_version END DESC,
-               granted_at, arrived_version, lot_id) AS place,
-           row_number() OVER (PARTITION BY open, wrong ORDER BY arrived_version, lot_id) AS wrong_place
+               CASE WHEN NOT open THEN granted_at END DESC, CASE WHEN NOT open THEN granted_version END DESC,
+               granted_at, granted_version, position, lot_id) AS place,
+           row_number() OVER (PARTITION BY open, wrong ORDER BY granted_version, position, lot_id) AS wrong_place
     FROM judged j
 )
 SELECT *, (SELECT jsonb_agg(s ORDER BY s.credits DESC, s.source_kind) FROM sources s) AS sources
@@ -380,11 +381,11 @@ WHERE place <= CASE WHEN open THEN $6::bigint ELSE $7::bigint END OR (wrong AND 
 ORDER BY open DESC, place
 """
 
-# What is known of the grants of listed lots: the purchase, the entry that brought it, and who sent a transfer.
+# What is known of the grants of listed lots: the purchase, the entry that brought it, the import or transfer behind it.
 # A reason may look like a purchase's key: only the purchase of this very lot counts.
 _GRANTS = """
 SELECT w.lot_id, p.plan, p.period_start, p.period_end, p.subscription_id, p.invoice_id, p.payment_id, e.cause,
-       e.kind AS entry_kind, c.account_id AS commanded_for,
+       e.kind AS entry_kind, c.account_id AS commanded_for, i.purchase_key AS import_key,
        CASE WHEN e.kind IN ('subscription_grant', 'session_earning') THEN (
            SELECT coalesce(-sum(m.amount), 0)::bigint FROM jsonb_to_recordset(e.allocation) AS m (amount bigint)
            WHERE m.amount < 0) ELSE 0 END AS rolled_in
@@ -392,14 +393,17 @@ FROM unnest($2::uuid[], $3::text[], $4::bigint[]) AS w (lot_id, reference, versi
 LEFT JOIN purchases p ON p.purchase_key = w.reference AND p.lot_id = w.lot_id
 LEFT JOIN entries e ON e.account_id = $1 AND e.version = w.version
     AND e.allocation @> jsonb_build_array(jsonb_build_object('lot_id', w.lot_id))
+LEFT JOIN purchases i ON i.account_id = $1 AND i.kind = 'import' AND i.transaction_id = e.transaction_id
 LEFT JOIN commands c ON e.kind = 'transfer' AND c.key = e.cause ->> 'idempotency_key' AND c.type = e.cause ->> 'type'
     AND c.scope = e.cause ->> 'source'
 """
 
-# Spending by what it was for. What came back for the same thing stands beside it.
+# Spending by what it was for. What came back for the same thing stands beside it. Only an old system's generations and
+# bookings have no id.
 _SPENT = """
 WITH changes AS (
     SELECT CASE WHEN kind = 'debt_payment' THEN 'debt' WHEN cause ? 'generation_id' THEN 'generation'
+                WHEN kind IN ('generation_debit', 'booking_debit') AND NOT cause ? 'booking_id' THEN 'imported'
                 WHEN NOT cause ? 'booking_id' THEN kind
                 WHEN subscription_delta + purchased_delta < 0 AND kind = 'booking_reversal' THEN 'booking_given_back'
                 ELSE 'booking' END AS thing,
@@ -441,20 +445,27 @@ ORDER BY h.since, h.generation_id LIMIT $4
 # The changes of what is owed since nothing was.
 _DEBT = """
 WITH changes AS (
-    SELECT version, recorded_at, kind, cause, subscription_delta + purchased_delta AS change, debt_delta, debt_after,
+    SELECT version, recorded_at, kind, cause, transaction_id, subscription_delta + purchased_delta AS change, debt_delta, debt_after,
            row_number() OVER (ORDER BY version) AS place, count(*) OVER () AS all_changes
     FROM entries
     WHERE account_id = $1 AND version <= $2 AND debt_delta <> 0 AND version > coalesce((
         SELECT version FROM entries WHERE account_id = $1 AND version <= $2 AND debt_after = 0
         ORDER BY version DESC LIMIT 1), 0)
 )
-SELECT * FROM changes WHERE place = 1 OR place > all_changes - $3 + 1 ORDER BY version
+SELECT c.*, i.purchase_key AS import_key
+FROM changes c LEFT JOIN purchases i ON i.account_id = $1 AND i.kind = 'import' AND i.transaction_id = c.transaction_id
+WHERE place = 1 OR place > all_changes - $3 + 1 ORDER BY version
 """
 
 _RECENT = """
-SELECT version, recorded_at, kind, cause, subscription_delta + purchased_delta AS amount, balance_before,
-       balance_after, held_delta, held_after, debt_delta, debt_after
-FROM entries WHERE account_id = $1 AND version <= $2 ORDER BY version DESC LIMIT $3
+WITH latest AS (
+    SELECT version, recorded_at, kind, cause, transaction_id, subscription_delta + purchased_delta AS amount,
+           balance_before, balance_after, held_delta, held_after, debt_delta, debt_after
+    FROM entries WHERE account_id = $1 AND version <= $2 ORDER BY version DESC LIMIT $3
+)
+SELECT e.*, i.purchase_key AS import_key
+FROM latest e LEFT JOIN purchases i ON i.account_id = $1 AND i.kind = 'import' AND i.transaction_id = e.transaction_id
+ORDER BY version DESC
 """
 
 _GENERATIONS = """
@@ -796,7 +807,9 @@ class _Words:
         """What an entry did, by its kind, its cause and the change of the balance."""
         cause = json.loads(row["cause"])
         in_words = _ENTRY_WORDS.get(row["kind"])
-        if in_words is None or _imported(cause):
+        if row["import_key"]:
+            return _imported(row["import_key"], row["kind"])
+        if in_words is None:
             return _listing(_plain(row["kind"]), _command(cause))
         return str(in_words(self, cause, amount))
 
@@ -811,6 +824,8 @@ class _Words:
                 return f"{self.booking(id_, 'client')}, given back"
             case "debt":
                 return "debt, paid off"
+            case "imported":
+                return f"an old system's history, command {_clean(id_)}"
             case "transfer":
                 return f"transfer to another account, command {_clean(id_)}"
             case "adjustment":
@@ -822,9 +837,8 @@ class _Words:
         """What granted a lot."""
         cause = json.loads(grant["cause"]) if grant and grant["cause"] else {}
         kind, reference = row["source_kind"] or "", row["source_reference"] or ""
-        if kind == "import" or _imported(cause):
-            as_ = "" if kind == "import" else f" as {_plain(kind)}"
-            return f"imported{as_} from {_clean(reference)}"
+        if grant and grant["import_key"]:
+            return _listing(_imported(grant["import_key"], kind), _clean(reference))
         told = self._granted_by(kind, reference, grant, cause)
         if grant and grant["entry_kind"] == "merge" and kind != "merge":
             return f"{told}; came with the {_merge(cause)}"
@@ -862,6 +876,8 @@ class _Words:
                 return f"given back after a clawback, {_clean(reference)}"
             case "merge":
                 return _merge(cause)
+            case "import":
+                return f"imported from {_clean(reference)}"
             case "":
                 return "a lot that does not exist"
             case _:
@@ -897,9 +913,10 @@ def _billing(grant: asyncpg.Record | None) -> Iterator[str]:
             yield f"{name} {_clean(grant[f'{name}_id'])}"
 
 
-def _imported(cause: Cause) -> bool:
-    """Whether an entry is history of an old system: what its kind says happened there."""
-    return any(str(cause.get(name)).startswith("import") for name in ("source", "type"))
+def _imported(import_key: str, kind: str) -> str:
+    """History of an old system: its source row, and what its kind says happened there."""
+    as_ = "" if kind == "import" else f" as {_plain(kind)}"
+    return f"imported from {_clean(import_key.removeprefix('import:'))}{as_}"
 
 
 def _merge(cause: Cause) -> str:
@@ -908,10 +925,14 @@ def _merge(cause: Cause) -> str:
 
 
 def _money(cause: Cause) -> str:
-    """Which money an event was about."""
-    names = ("refund", "dispute", "payment_intent", "charge", "payment", "invoice", "checkout")
-    found = ((name, cause.get(f"{name}_id") or cause.get(f"{name}_session_id")) for name in names)
-    return next((f"{name.replace('_', ' ')} {_clean(id_)}" for name, id_ in found if id_), "")
+    """Which money an event was about: a refund or dispute and its payment, or what was bought."""
+    names = ("refund", "dispute", "payment", "payment_intent", "checkout_session", "invoice")
+    told = [
+        f"{name.replace('_', ' ')} {_clean(cause[f'{name}_id'])}"
+        for name in names
+        if cause.get(f"{name}_id")
+    ]
+    return _listing(*told)
 
 
 def _invoice(cause: Cause) -> str:
