@@ -26,7 +26,7 @@ async def test_what_is_due_is_done_once_and_told(
 ) -> None:
     """A lapsed hold, an expired lot and the months that began: written by the first run, and by no other."""
     now = await owner.fetchval("SELECT extract(epoch FROM now())::bigint")
-    started = now - 75 * 86_400
+    started = now - 20 * 86_400
     await ledger.apply([link("ann", "stripe", "cus_1")])
     works = [
         yearly(started, started + 365 * 86_400),
@@ -37,11 +37,12 @@ async def test_what_is_due_is_done_once_and_told(
     assert outcomes(await ledger.apply(works)) == {"applied": 4}
     await owner.execute("UPDATE lots SET expires_at = now() WHERE account_id = 'user:bob'")
     await owner.execute("UPDATE generations SET deadline_at = now()")
+    await owner.execute("UPDATE allocations SET next_at = now()")
+    await owner.execute("UPDATE accounts SET allocate_at = now() WHERE account_id = 'user:ann'")
 
     report = await catch_up(pool, CATALOGUE)
-    # Of the three months that began the invoice granted the first; it and the second are over.
-    assert report.kinds == {"session_earning": 2, "expiry": 2, "generation_release": 1}
-    assert report.credits == {"session_earning": 1600, "expiry": -810, "generation_release": 0}
+    assert report.kinds == {"session_earning": 1, "expiry": 1, "generation_release": 1}
+    assert report.credits == {"session_earning": 800, "expiry": -10, "generation_release": 0}
     assert await catch_up(pool, CATALOGUE) == type(report)()
 
 
