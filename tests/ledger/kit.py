@@ -147,7 +147,7 @@ class Ledger:
     generations: dict[str, Generation] = field(default_factory=dict)
     bookings: dict[str, Booking] = field(default_factory=dict)
     purchases: dict[str, Purchase] = field(default_factory=dict)
-    allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
+    allocations: dict[str, Allocation] = field(default_factory=dict)
     payments: dict[str, Payment] = field(default_factory=dict)
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
@@ -284,7 +284,13 @@ class Ledger:
         state, reach = Snapshot(), reach_of(commands, self.catalogue)
         for key in reach.command_keys & self.decided.keys():
             state.decided[key] = self.decided[key]
-        money = self._money(reach.money)
+        changes = {
+            id
+            for row in self.purchases.values()
+            if row.subscription_id in reach.subscription_ids and row.worth is not None
+            for id in (row.payment_id, row.invoice_id)
+        }
+        money = self._money(reach.money | (changes - {None}))
         for id in money:
             known = self.payments.get(id)
             state.payments[id] = (
@@ -301,6 +307,11 @@ class Ledger:
         names |= {
             row.account_id
             for row in state.purchases.values()
+            if {row.payment_id, row.invoice_id} & money
+        }
+        names |= {
+            row.account_id
+            for row in self.allocations.values()
             if {row.payment_id, row.invoice_id} & money
         }
         for id in reach.generation_ids & self.generations.keys():
@@ -341,7 +352,7 @@ class Ledger:
             running = row.account_id in names and row.next_at is not None
             if (
                 running
-                or key[0] in reach.subscription_ids
+                or row.subscription_id in reach.subscription_ids
                 or {row.payment_id, row.invoice_id} & money
             ):
                 state.allocations[key] = _copy(row)
@@ -367,18 +378,16 @@ class Ledger:
         return state
 
     def _money(self, named: set[str]) -> set[str]:
-        """Everything that speaks of the same money."""
+        """Everything that speaks of the same money, however far it is linked."""
         money = set(named)
-        for row in self.payments.values():
-            if {row.payment_id, row.charge_id} & named:
-                money |= {row.payment_id, row.charge_id, row.invoice_id}
-        for row in self.purchases.values():
-            if row.payment_id in named:
-                money.add(row.invoice_id)
-        invoices = money - {None}
-        money |= {row.payment_id for row in self.payments.values() if row.invoice_id in invoices}
-        money |= {row.payment_id for row in self.purchases.values() if row.invoice_id in invoices}
-        return money - {None}
+        links = [
+            {row.payment_id, row.charge_id, row.invoice_id} - {None}
+            for row in self.payments.values()
+        ]
+        links += [{row.payment_id, row.invoice_id} - {None} for row in self.purchases.values()]
+        while more := [link for link in links if link & money and not link <= money]:
+            money = money.union(*more)
+        return money
 
     def _write_back(self, execution: Execution) -> None:
         state = execution.state

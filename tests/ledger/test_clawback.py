@@ -594,10 +594,6 @@ def test_up_and_down_ends_where_it_began(what: str, steps: list[Step]) -> None:
     assert {purchase.clawed for purchase in ledger.purchases.values()} == {0}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="going down undoes several purchases of one payment in the order of going up, not in reverse",
-)
 def test_up_and_down_over_several_lines_ends_where_it_began() -> None:
     """What one line was clawed of another's lot goes back there only after the other's debt was forgiven."""
     ledger = played(
@@ -643,9 +639,6 @@ def test_an_unknown_price_is_no_news_while_no_money_goes_back() -> None:
     assert ledger.alerts == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`net` claws nothing of a purchase without a price, and tells nobody"
-)
 @pytest.mark.parametrize(
     "told",
     [
@@ -693,7 +686,6 @@ def test_a_dispute_of_an_unknown_payment_alerts_too() -> None:
     assert [(alert.code, alert.account_id) for alert in ledger.alerts] == [("dispute_opened", None)]
 
 
-@pytest.mark.xfail(strict=True, reason="every telling of `opened` alerts, known or not")
 def test_a_disputes_opening_alerts_once() -> None:
     """Two events may tell of the same opening; a person hears of it once."""
     ledger = played(buy(), dispute(1000, "opened"), dispute(1000, "opened"))
@@ -709,7 +701,7 @@ def test_a_refund_of_an_unknown_payment_is_remembered_without_an_entry() -> None
     ledger = played(refunded(400), charge_refunded(900))
 
     assert (ledger.accounts, ledger.entries, ledger.alerts) == ({}, {}, [])
-    assert ledger.payments["pi_1"].returned == 400
+    assert [refund.amount for refund in ledger.payments["pi_1"].refunds.values()] == [400]
 
 
 @pytest.mark.parametrize(
@@ -827,10 +819,6 @@ def test_only_what_a_period_was_sold_for_is_clawed_of_its_lot() -> None:
     assert ledger.remaining(ANN) == [("subscription", 100)]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a lot counts as over by its `expires_at` alone, which a renewal moves only if some of it is held",
-)
 @pytest.mark.parametrize(("came_back", "refund"), [(400, 1000), (800, 2000)], ids=["half", "all"])
 def test_credits_of_a_period_that_a_renewal_ended_come_back_as_purchased(
     came_back: int, refund: int
@@ -916,7 +904,6 @@ def test_a_purchase_may_be_known_by_its_charge_alone(back: Action) -> None:
     assert clawed(ledger) == 50
 
 
-@pytest.mark.xfail(strict=True, reason="each name has a row of its own, and rows are added up")
 @pytest.mark.parametrize(
     ("what", "told"),
     [
@@ -947,9 +934,6 @@ def test_one_refund_counts_once_under_whatever_name(what: str, told: list[Action
     assert clawed(ledger) == 50
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the charge's row is not followed through the intent's invoice"
-)
 def test_a_charge_leads_to_its_intents_invoice() -> None:
     """A refund that names only the charge finds the invoice that the charge's intent has paid."""
     ledger = Ledger(now=NOV)
@@ -958,10 +942,6 @@ def test_a_charge_leads_to_its_intents_invoice() -> None:
     assert clawed(ledger, PERIOD) == 200
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="from an invoice the load reaches its payments, not the charges under whose names they were refunded",
-)
 def test_what_went_back_under_a_charges_name_stays_gone() -> None:
     """A second payment's link restores nothing of what was refunded of the first."""
     ledger = Ledger(now=NOV)

@@ -363,12 +363,6 @@ def test_a_sale_of_nothing_is_known_afterwards() -> None:
         ("a first month", "allocation:sub_1:2026-11-01T00:00:00+00:00:0", "pro_yearly"),
     ],
 )
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a period is looked for by its subscription and start, which an imported sale does not carry: granted again, "
-    "under a key that is taken",
-)
 def test_an_imported_period_is_not_granted_again(what: str, key: str, plan: str) -> None:
     """R8b: repairs and imports use the business key of the period, so that its late invoice grants nothing."""
     ledger = Ledger()
@@ -386,11 +380,6 @@ def test_an_imported_period_is_not_granted_again(what: str, key: str, plan: str)
         pytest.param(row(5, "clawback"), id="clawback"),
         pytest.param(row(5, "expiry"), id="expiry"),
     ],
-)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a lot that is granted as `expiry` or `clawback` counts what it grants as expired or clawed, below nothing",
 )
 def test_an_inflow_of_a_kind_that_takes_is_still_an_inflow(reversal: ImportedEntry) -> None:
     """Old books reverse an expiry or a clawback by a positive line of that type; the lot that it makes lost nothing."""
@@ -410,7 +399,6 @@ def test_an_import_is_no_sign_up(actions: list[Action]) -> None:
     assert after(*actions).money(ANN) == Money(purchased=25)
 
 
-@pytest.mark.xfail(strict=True, reason="an import of kind `signup_grant` does not mark the account")
 def test_a_sign_up_grant_of_the_old_system_is_the_persons_one() -> None:
     """R13: once for a person, whichever system made it."""
     assert after(import_books(row(15, "signup_grant")), register()).money(ANN) == Money(

@@ -754,10 +754,6 @@ def content(ledger: Ledger) -> dict[str, object]:
     return rows
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a merge renames ended generations that its batch happens to have loaded, and no others",
-)
 @pytest.mark.parametrize(
     "ended", [[complete(5, by=BOB)], [request(5, by=BOB), fail(by=BOB)]], ids=["done", "failed"]
 )

@@ -249,11 +249,6 @@ def test_a_repeat_after_the_catalogue_changed_grants_nothing(
         ),
     ],
 )  # fmt: skip
-@pytest.mark.xfail(
-    strict=True,
-    reason="a repeat is known by plan and kind of allocation, not by the invoice: the same invoice under another key is "
-    "an upgrade",
-)
 def test_a_repeat_under_another_plan_grants_nothing(
     what: str, catalogue: Catalogue, plan: str
 ) -> None:

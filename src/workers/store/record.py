@@ -41,8 +41,8 @@ PURCHASE_COLUMNS = (
     "recorded_at",
 )  # fmt: skip
 ALLOCATION_COLUMNS = (
-    "subscription_id", "period_start", "period_end", "account_id", "plan", "credits", "next_month", "next_at",
-    "invoice_id", "payment_id", "paid", "returned",
+    "allocation_key", "subscription_id", "anchor_at", "period_end", "account_id", "plan", "credits", "next_month",
+    "next_at", "invoice_id", "payment_id", "paid", "returned",
 )  # fmt: skip
 OUTBOX_COLUMNS = (
     "id",
@@ -354,7 +354,10 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
 
 def _parts(purchase: Purchase) -> str:
     return orjson.dumps(
-        [[part.source, part.credits, part.lot_id] for part in purchase.parts]
+        [
+            [part.source, part.credits, str(part.lot_id) if part.lot_id else None]
+            for part in purchase.parts
+        ]
     ).decode()
 
 
@@ -368,11 +371,9 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
     await _copy(connection, "allocations", ALLOCATION_COLUMNS, fresh)
     old = [
         (
-            allocation.subscription_id,
-            allocation.period_start,
+            allocation.allocation_key,
             allocation.account_id,
-            allocation.plan,
-            allocation.credits,
+            allocation.period_end,
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
@@ -452,6 +453,7 @@ async def _forward_merged(connection: Connection, execution: Execution) -> None:
             heir = execution.merged[heir]
         heirs.append(heir)
     await connection.execute(SQL["merge_purchases"], sources, heirs)
+    await connection.execute(SQL["merge_allocations"], sources, heirs)
     await connection.execute(SQL["merge_subscriptions"], sources, heirs)
     await connection.execute(SQL["merge_identities"], sources, heirs)
     await connection.execute(SQL["forward_merged"], sources, heirs, execution.now)
