@@ -18,7 +18,7 @@ def _id_of(value: Any) -> Any:
 Id = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
 StripeId = Annotated[Id | None, BeforeValidator(_id_of)]
 Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
-Money = Annotated[int, Field(ge=0, le=10**15)]  # in the currency's smallest unit
+Money = Annotated[int, Field(strict=True, ge=0, le=10**15)]  # in the currency's smallest unit
 Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
 
 
