@@ -1002,6 +1002,25 @@ async def test_the_command_tells_what_is_wrong_and_how_much_more(
     assert "\x1b" not in out
 
 
+async def test_progress_shows_where_somebody_sees_it(
+    capsys: pytest.CaptureFixture[str], books: str
+) -> None:
+    """On a terminal a bar says which invariant is asked; it is not part of the answer."""
+
+    def on_a_terminal() -> tuple[int, str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CREDITS_DATABASE_URL", books)
+            patch.setenv("TERM", "xterm")
+            patch.setattr("sys.stderr.isatty", lambda: True)
+            status = cli.run(["audit"])
+        return status, *capsys.readouterr()
+
+    status, out, err = await aside(on_a_terminal)
+    assert status == 0
+    assert HASHES in err
+    assert out.startswith("invariant ")
+
+
 async def test_the_command_answers_in_json_with_everything(
     capsys: pytest.CaptureFixture[str], books: str, owner: asyncpg.Connection
 ) -> None:

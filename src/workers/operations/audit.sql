@@ -88,7 +88,7 @@ WHERE h.steps = 33 OR h.steps = 1 AND NOT EXISTS (SELECT FROM accounts a WHERE a
 
 -- name: merged_accounts_own_nothing
 -- checks: accounts
--- A merged account has no credits, no debt, no open lot, no hold, and no months to come.
+-- A merged account has no credits, no debt, no open lot, no hold, no months to come, no purchase and no subscription.
 SELECT a.account_id, 'account', a.account_id, t.field, t.stored::text, '0'
 FROM accounts a
 LEFT JOIN (SELECT account_id, count(*) AS n FROM lots WHERE remaining > 0 GROUP BY account_id) l
@@ -97,9 +97,11 @@ LEFT JOIN (SELECT account_id, count(*) AS n FROM generations WHERE state = 'held
        ON g.account_id = a.account_id
 LEFT JOIN (SELECT account_id, count(*) AS n FROM allocations WHERE next_at IS NOT NULL GROUP BY account_id) m
        ON m.account_id = a.account_id
+LEFT JOIN (SELECT account_id, count(*) AS n FROM purchases GROUP BY account_id) p ON p.account_id = a.account_id
+LEFT JOIN (SELECT account_id, count(*) AS n FROM subscriptions GROUP BY account_id) s ON s.account_id = a.account_id
 CROSS JOIN LATERAL (VALUES ('subscription', a.subscription), ('purchased', a.purchased), ('held', a.held),
-                           ('debt', a.debt), ('open lots', l.n), ('open holds', g.n), ('running allocations', m.n))
-                   AS t (field, stored)
+                           ('debt', a.debt), ('open lots', l.n), ('open holds', g.n), ('running allocations', m.n),
+                           ('purchases', p.n), ('subscriptions', s.n)) AS t (field, stored)
 WHERE a.state = 'merged' AND t.stored <> 0 AND ($1::text[] IS NULL OR a.account_id = ANY($1));
 
 -- name: totals_are_lots
