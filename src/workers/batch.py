@@ -408,7 +408,7 @@ def _fresh_links(
     owners = {(external_id, provider): owner for external_id, provider, owner in known}
     links, disagreements = [], []
     for decision in execution.decisions:
-        for link in decision.command.links if decision.transaction_id is not None else ():
+        for link in decision.links:
             owner = owners.get((link.external_id, link.provider))
             if owner is None:
                 owners[link.external_id, link.provider] = link.owner

@@ -40,7 +40,7 @@ from workers.ledger.commands import (
     StartPeriods,
     TransferCredits,
 )
-from workers.ledger.model import Alert, Allocation, Decided, Payment, Usage
+from workers.ledger.model import Alert, Allocation, Decided, Payment, Subscription, Usage
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
 from workers.ledger.reach import reach_of
 
@@ -139,6 +139,7 @@ class Ledger:
     purchases: dict[str, Purchase] = field(default_factory=dict)
     allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
     payments: dict[str, Payment] = field(default_factory=dict)
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
     entries: dict[str, list[Entry]] = field(default_factory=dict)
@@ -233,6 +234,7 @@ class Ledger:
             "lots": {key: columns(row) for key, row in self.lot_rows.items()},
             "generations": {key: columns(row) for key, row in self.generations.items()},
             "bookings": {key: columns(row) for key, row in self.bookings.items()},
+            "subscriptions": {key: columns(row) for key, row in self.subscriptions.items()},
             "usage": {key: row.generations for key, row in self.usage.items() if row.generations},
             "purchases": {key: columns(row) for key, row in self.purchases.items()},
             "allocations": {key: columns(row) for key, row in self.allocations.items()},
@@ -337,6 +339,11 @@ class Ledger:
                     state.accounts[self.heir(row.account_id)].allocations.append(
                         state.allocations[key]
                     )
+        for key, row in self.subscriptions.items():
+            if reach.subscription_ids and (
+                key in reach.subscription_ids or row.account_id in names
+            ):
+                state.subscriptions[key] = _copy(row)
         for name in names:
             own = [
                 lot for lot in state.lots.values() if lot.account_id == name and lot.remaining > 0
@@ -376,6 +383,7 @@ class Ledger:
             (self.bookings, state.bookings),
             (self.purchases, state.purchases),
             (self.allocations, state.allocations),
+            (self.subscriptions, state.subscriptions),
             (self.usage, state.usage),
         ):
             for key, row in rows.items():
@@ -398,7 +406,11 @@ class Ledger:
             assert mark or payment_columns(payment) == payment_columns(stored), key
             self.payments[key] = _copy(payment)
         for source in execution.merged:
-            for row in (*self.purchases.values(), *self.allocations.values()):
+            for row in (
+                *self.purchases.values(),
+                *self.allocations.values(),
+                *self.subscriptions.values(),
+            ):
                 if row.account_id == source:
                     row.account_id = self.heir(source)
         for decision in execution.decisions:

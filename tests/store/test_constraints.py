@@ -89,6 +89,7 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "purchases_pkey": ("purchases", "true", {}),
     "purchases_paid_check": ("purchases", "true", {"paid": -1}),
     "purchases_month_check": ("purchases", "true", {"month": 12}),
+    "purchases_worth_check": ("purchases", "true", {"worth": -1}),
     "at_most_what_was_bought_is_clawed": ("purchases", "true", {"clawed": 10**6}),
     "allocations_pkey": ("allocations", "true", {}),
     "allocations_account_id_fkey": ("allocations", "true", {"subscription_id": "sub_2", "account_id": "user:nobody"}),

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import orjson
 
-from workers.ledger.commands import CommandKey, DisputeStep, Pool, RefundStatus
+from workers.ledger.commands import AsOf, CommandKey, DisputeStep, Pool, RefundStatus
 
 Kind: TypeAlias = Literal[
     "signup_grant",
@@ -198,8 +198,8 @@ class ClawedPart(NamedTuple):
 class Purchase:
     """Something granted once, under its business key (R8b), and what was clawed back of it (R7).
 
-    `paid` is all that was paid for what it is a part of; `month` numbers the months of a yearly period (R14); `clawed`
-    is the sum of `parts`, the latest last.
+    `paid` is all that was paid for what it is a part of; `month` numbers the months of a yearly period; `worth`
+    are the credits that a change of plan within a period raises it to (R14); `clawed` is the sum of `parts`, the latest last.
     """
 
     purchase_key: str
@@ -218,10 +218,16 @@ class Purchase:
     payment_id: str | None = None
     paid: int | None = None
     month: int | None = None
+    worth: int | None = None
     clawed: int = 0
     parts: tuple[ClawedPart, ...] = ()
     fresh: bool = False
     changed: bool = False
+
+    @property
+    def prorated(self) -> bool:
+        """Whether it changed a period that another purchase began."""
+        return self.worth is not None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -253,6 +259,24 @@ class Allocation:
             return None
         instant = add_months(self.period_start, month)
         return instant if instant < self.period_end else None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Subscription:
+    """What is known of a subscription: whose it is, its plan and status, as of Stripe's latest word."""
+
+    subscription_id: str
+    account_id: str
+    as_of: AsOf
+    status: str
+    recorded_at: datetime
+    plan: str | None = None
+    customer_id: str | None = None
+    period_start: datetime | None = None
+    period_end: datetime | None = None
+    cancel_at: datetime | None = None
+    metadata: str = "{}"
+    changed: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -429,6 +453,7 @@ class Snapshot:
     purchases: dict[str, Purchase] = field(default_factory=dict)
     allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
     payments: dict[str, Payment] = field(default_factory=dict)
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
 

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import orjson
+
 from workers.ledger.catalogue import CREDITS_MAX, Catalogue
 from workers.ledger.commands import (
     Action,
+    AsOf,
     BuyPack,
     Cause,
     Command,
@@ -23,6 +26,7 @@ from workers.ledger.commands import (
     PayInvoice,
     PaymentIds,
     PeriodLine,
+    RecordSubscription,
     RefundCharge,
     RefundPayment,
     RefundStatus,
@@ -42,6 +46,7 @@ from workers.sources.stripe_objects import (
     Price,
     Refund,
     Session,
+    Subscription,
 )
 from workers.sources.understood import Identities, Ignored, Understood, Waiting
 
@@ -50,14 +55,15 @@ CHECKOUT_PAID = frozenset(
     {"checkout.session.completed", "checkout.session.async_payment_succeeded"}
 )
 INVOICE_PAID = frozenset({"invoice.paid", "invoice.payment_succeeded"})
-LINKING = frozenset(
-    {
-        "customer.created",
-        "customer.updated",
-        "customer.subscription.created",
-        "customer.subscription.updated",
-    }
-)
+CUSTOMER = frozenset({"customer.created", "customer.updated"})
+# Of events of one second the later kind is right.
+SUBSCRIPTION_RANK = {
+    "customer.subscription.created": 0,
+    "customer.subscription.updated": 1,
+    "customer.subscription.paused": 1,
+    "customer.subscription.resumed": 1,
+    "customer.subscription.deleted": 2,
+}
 # `charge.refund.updated` is the older name of `refund.updated`.
 REFUND = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refund.updated"})
 DISPUTE = re.compile(r"charge\.dispute\.(created|updated|funds_withdrawn|funds_reinstated|closed)")
@@ -105,8 +111,10 @@ def read_stripe(
         except Refused as refused:
             refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
             raise
-    if event.type in LINKING:
-        return _read_linking(cause, read_data(Customer, object_))
+    if event.type in CUSTOMER:
+        return _read_customer(cause, read_data(Customer, object_))
+    if event.type in SUBSCRIPTION_RANK:
+        return _read_subscription(cause, read_data(Subscription, object_), catalogue)
     try:
         action = _money_action(event.type, object_)
     except Refused as refused:
@@ -235,9 +243,12 @@ def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, .
         raise Refused("unresolved", detail, manual_fix=True)
     lines = []
     for line in invoice.lines.data:
-        if line.is_proration or line.quantity == 0:
+        # A correction's credit side takes back what was charged before; what it charges anew is a change of plan.
+        if line.quantity == 0 or (line.is_proration and (line.amount or 0) <= 0):
             continue
         plan = catalogue.plan_of_price(line.price_id)
+        if plan is None and line.is_proration:
+            continue
         if plan is None:
             of_subscription = line.item.subscription or line.subscription
             if not line.is_extra and (of_subscription or len(invoice.lines.data) == 1):
@@ -260,9 +271,65 @@ def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, .
                 quantity=1 if line.quantity is None else line.quantity,
                 # A coupon leaves the line's amount and discounts it; a trial's line costs nothing (R14).
                 trial=line.amount == 0,
+                prorated=line.is_proration,
             )
         )
     return tuple(lines)
+
+
+# -- subscriptions (R14) ---------------------------------------------------------------------------------------
+
+
+def _read_subscription(
+    cause: Cause, subscription: Subscription, catalogue: Catalogue
+) -> Understood | Ignored:
+    """What a subscription is now. It moves no credits: paid invoices do."""
+    claimed = _claimed_user((subscription.metadata,), None)
+    names = [
+        catalogue.plan_of_price(item.price.id if item.price else None)
+        for item in subscription.items.data
+    ]
+    plans = [name for name in names if name is not None]
+    start, end = (_moment(seconds) for seconds in subscription.period)
+    cancel_at = _moment(subscription.cancel_at)
+    as_of = AsOf(cause.occurred_at, SUBSCRIPTION_RANK[cause.type], cause.id)
+    ended = cause.type == "customer.subscription.deleted"
+
+    def build(identities: Identities) -> Command | Waiting:
+        owner = _owner(identities, subscription.customer, claimed)
+        if owner is None:
+            return _waiting(subscription.customer, f"subscription {subscription.id}")
+        metadata = _text_only(subscription.metadata)
+        metadata["resolved_supabase_user_id"] = owner.partition(":")[2]
+        action = RecordSubscription(
+            account=owner,
+            subscription_id=subscription.id,
+            as_of=as_of,
+            status="canceled" if ended else subscription.status,
+            plan=max(plans, key=lambda name: catalogue.plans[name].credits, default=None),
+            customer_id=subscription.customer,
+            period_start=start,
+            period_end=end,
+            cancel_at=cancel_at or (end if subscription.cancel_at_period_end else None),
+            metadata=orjson.dumps(metadata).decode(),
+        )
+        links = _links(subscription.customer, claimed, identities, "subscription")
+        return Command(cause, action, _fingerprint(cause), links)
+
+    return Understood(cause, _ids(subscription.customer, claimed), build)
+
+
+def _text_only(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as Stripe defines them, texts by name, without the one character that PostgreSQL does not keep."""
+    return {
+        name.replace("\x00", ""): value.replace("\x00", "")
+        for name, value in metadata.items()
+        if isinstance(value, str)
+    }
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 # -- money that goes back (R7) ------------------------------------------------------------------------------------
@@ -315,12 +382,9 @@ def _dispute_step(event: str, status: str) -> DisputeStep:
 # -- who it is (R13) ---------------------------------------------------------------------------------------------
 
 
-def _read_linking(cause: Cause, customer: Customer) -> Understood | Ignored:
-    customer_id = customer.id if customer.object in {"customer", None} else customer.customer
+def _read_customer(cause: Cause, customer: Customer) -> Understood | Ignored:
     claimed = _claimed_user((customer.metadata,), None)
-    if customer_id is None or claimed is None:
-        return Ignored(cause.type)
-    return _linking(cause, customer_id, claimed, customer.object or "customer")
+    return _linking(cause, customer.id, claimed, "customer") if claimed else Ignored(cause.type)
 
 
 def _linking(cause: Cause, customer_id: str, claimed: str, resolved_by: str) -> Understood:

@@ -19,6 +19,7 @@ Id = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
 StripeId = Annotated[Id | None, BeforeValidator(_id_of)]
 Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
 Money = Annotated[int, Field(strict=True, ge=0, le=10**15)]  # in the currency's smallest unit
+Quantity = Annotated[int, Field(ge=0, le=10**6)]
 Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
 
 
@@ -38,7 +39,7 @@ class LineItem(StripeObject):
     """What a checkout session sold."""
 
     price: Price | str | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    quantity: Quantity | None = None
 
 
 class LineItems(StripeObject):
@@ -102,7 +103,7 @@ class InvoiceLine(StripeObject):
     """One line of an invoice."""
 
     period: LinePeriod | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    quantity: Quantity | None = None
     amount: Annotated[int, Field(ge=-(10**15), le=10**15)] | None = None
     type: str | None = None
     price: Price | None = None
@@ -173,12 +174,49 @@ class Invoice(StripeObject):
 
 
 class Customer(StripeObject):
-    """A customer, or a subscription: what either says about who the customer is."""
+    """A customer, and what its metadata say of who it is."""
 
     id: Id
-    object: str | None = None
-    customer: StripeId = None
     metadata: Metadata = Field(default_factory=dict)
+
+
+class SubscriptionItem(StripeObject):
+    """One of the things that a subscription is for; since 2025-03-31 it has the period."""
+
+    price: Price | None = None
+    quantity: Quantity | None = None
+    current_period_start: Seconds | None = None
+    current_period_end: Seconds | None = None
+
+
+class SubscriptionItems(StripeObject):
+    """The items of a subscription."""
+
+    data: tuple[SubscriptionItem, ...] = ()
+
+
+class Subscription(StripeObject):
+    """A subscription."""
+
+    id: Id
+    customer: StripeId = None
+    status: str
+    metadata: Metadata = Field(default_factory=dict)
+    items: SubscriptionItems = SubscriptionItems()
+    current_period_start: Seconds | None = None
+    current_period_end: Seconds | None = None
+    cancel_at: Seconds | None = None
+    cancel_at_period_end: bool = False
+
+    @property
+    def period(self) -> tuple[int | None, int | None]:
+        """The running period, wherever this version keeps it: from the first item's start to the last item's end."""
+        starts = [item.current_period_start for item in self.items.data]
+        ends = [item.current_period_end for item in self.items.data]
+        return (
+            min(filter(None, starts), default=self.current_period_start),
+            max(filter(None, ends), default=self.current_period_end),
+        )
 
 
 class Refund(StripeObject):

@@ -47,6 +47,7 @@ WITH RECURSIVE parties AS (
           WHERE booking_id = ANY($3::text[]) AND practitioner_account IS NOT NULL
     UNION SELECT account_id FROM purchases WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM purchases WHERE invoice_id = ANY($4::text[])
+    UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
 ), heirs AS (
     SELECT account_id::text COLLATE "C" AS account_id FROM parties
     UNION SELECT a.merged_into::text COLLATE "C" FROM heirs JOIN accounts a ON a.account_id = heirs.account_id
@@ -110,7 +111,7 @@ FROM bookings WHERE booking_id = ANY($1::text[]);
 -- The business keys that are named, what the locked money paid for, and what the subscriptions that are named were
 -- granted: raised periods have keys of their own.
 SELECT purchase_key, account_id, kind, lot_id, credits, subscription_id, plan, period_start, period_end, invoice_id,
-       payment_id, paid, month, clawed, clawed_parts, catalogue_version, transaction_id, recorded_at
+       payment_id, paid, month, worth, clawed, clawed_parts, catalogue_version, transaction_id, recorded_at
 FROM purchases
 WHERE purchase_key = ANY($1::text[]) OR payment_id = ANY($2::text[]) OR invoice_id = ANY($2::text[])
    OR subscription_id = ANY($3::text[]);
@@ -123,6 +124,12 @@ SELECT subscription_id, period_start, period_end, account_id, plan, credits, nex
 FROM allocations
 WHERE (account_id = ANY($1::text[]) AND next_at IS NOT NULL) OR subscription_id = ANY($2::text[])
    OR invoice_id = ANY($3::text[]) OR payment_id = ANY($3::text[]);
+
+-- name: load_subscriptions
+-- The subscriptions that are named, and all of the locked accounts: together they decide the tier.
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata, event_at,
+       event_rank, event_id, recorded_at
+FROM subscriptions WHERE subscription_id = ANY($1::text[]) OR account_id = ANY($2::text[]);
 
 -- name: load_usage
 -- Today's counters whatever the account's zone, and those of the days on which loaded generations were counted.
@@ -206,6 +213,22 @@ SELECT payment_id, dispute_id, amount, string_to_array(steps, ','), recorded_at
 FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
      AS n (payment_id, dispute_id, amount, steps, recorded_at)
 ON CONFLICT (payment_id, dispute_id) DO UPDATE SET amount = excluded.amount, steps = excluded.steps;
+
+-- name: write_subscriptions
+-- Stripe's latest word on subscriptions.
+INSERT INTO subscriptions (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
+                           metadata, event_at, event_rank, event_id, recorded_at)
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata::jsonb,
+       event_at, event_rank, event_id, recorded_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
+            $8::timestamptz[], $9::text[], $10::timestamptz[], $11::int[], $12::text[], $13::timestamptz[])
+     AS n (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata,
+           event_at, event_rank, event_id, recorded_at)
+ON CONFLICT (subscription_id) DO UPDATE
+SET account_id = excluded.account_id, customer_id = excluded.customer_id, plan = excluded.plan,
+    status = excluded.status, period_start = excluded.period_start, period_end = excluded.period_end,
+    cancel_at = excluded.cancel_at, metadata = excluded.metadata, event_at = excluded.event_at,
+    event_rank = excluded.event_rank, event_id = excluded.event_id, recorded_at = excluded.recorded_at;
 
 -- name: merge_purchases
 -- What a merged account bought is its heir's.

@@ -37,7 +37,7 @@ BOOKING_COLUMNS = (
 )  # fmt: skip
 PURCHASE_COLUMNS = (
     "purchase_key", "account_id", "kind", "lot_id", "credits", "subscription_id", "plan", "period_start", "period_end",
-    "invoice_id", "payment_id", "paid", "month", "clawed", "clawed_parts", "catalogue_version", "transaction_id",
+    "invoice_id", "payment_id", "paid", "month", "worth", "clawed", "clawed_parts", "catalogue_version", "transaction_id",
     "recorded_at",
 )  # fmt: skip
 ALLOCATION_COLUMNS = (
@@ -90,6 +90,7 @@ async def record_execution(
     await _write_purchases(connection, execution)
     await _write_allocations(connection, execution)
     await _write_payments(connection, execution)
+    await _write_subscriptions(connection, execution)
     await _write_usage(connection, execution)
     await _forward_merged(connection, execution)
     return publications
@@ -414,6 +415,29 @@ async def _write_payments(connection: Connection, execution: Execution) -> None:
     ]
     if disputes:
         await connection.execute(SQL["write_disputes"], *columns(disputes))
+
+
+async def _write_subscriptions(connection: Connection, execution: Execution) -> None:
+    subscriptions = execution.state.subscriptions
+    rows = [
+        (
+            one.subscription_id,
+            one.account_id,
+            one.customer_id,
+            one.plan,
+            one.status,
+            one.period_start,
+            one.period_end,
+            one.cancel_at,
+            one.metadata,
+            *one.as_of,
+            one.recorded_at,
+        )
+        for _, one in sorted(subscriptions.items())
+        if one.changed
+    ]
+    if rows:
+        await connection.execute(SQL["write_subscriptions"], *columns(rows))
 
 
 async def _forward_merged(connection: Connection, execution: Execution) -> None:
