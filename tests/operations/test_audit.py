@@ -187,6 +187,17 @@ def yearly(invoice_id: str, subscription: str, user: str, start: datetime) -> Wo
     return stripe("invoice.paid", invoice)
 
 
+def subscribed(subscription: str, user: str, status: str) -> Work:
+    """Stripe tells how a subscription is."""
+    object_ = {
+        "id": subscription,
+        "object": "subscription",
+        "customer": f"cus_{user}",
+        "status": status,
+    }
+    return stripe("customer.subscription.updated", {**object_, "metadata": {"user_id": user}})
+
+
 def money_stories(now: datetime) -> list[Work]:
     """Refunds that count and that fail, disputes won and lost, credits owed and paid, years begun and refunded."""
     packs = [
@@ -212,6 +223,8 @@ def money_stories(now: datetime) -> list[Work]:
         yearly("in_yan", "sub_yan", "yan", now - timedelta(days=70)),
         yearly("in_zoe", "sub_zoe", "zoe", now - timedelta(days=40)),
         money_back("pi_in_zoe", "re_4", 29_000),
+        subscribed("sub_yan", "yan", "active"),
+        subscribed("sub_zoe", "zoe", "canceled"),
     ]
 
 
@@ -245,6 +258,10 @@ def merges(now: datetime) -> list[Work]:
         money_back("pi_cs_one", "re_5", 990, "failed"),
         request("m6", "one"),
         event("user.merged", from_user_id="two", to_user_id="one"),
+        grant("an-id-of-kays", 9),
+        request("m7", "an-id-of-kays"),
+        link("kay", "auth0", "an-id-of-kays"),
+        event("user.merged", from_user_id="nobody-yet", to_user_id="kay"),
     ]
 
 
@@ -355,7 +372,10 @@ async def test_a_rich_past_is_whole(books: str, owner: asyncpg.Connection) -> No
     assert {verdict.invariant.name for verdict in found.verdicts if not verdict.checked} == set()
     types = {row[0] for row in await owner.fetch("SELECT DISTINCT type FROM commands")}
     assert types >= {*GENERATION_TYPES, *BOOKING_TYPES, *ACCOUNT_TYPES}
-    assert types >= {"checkout.session.completed", "invoice.paid", "customer.created"}
+    assert types >= {
+        "checkout.session.completed", "invoice.paid", "customer.created", "customer.subscription.updated",
+        "refund.updated", "charge.dispute.funds_withdrawn", "charge.dispute.funds_reinstated",
+    }  # fmt: skip
     kinds = {row[0] for row in await owner.fetch("SELECT DISTINCT kind FROM entries")}
     assert kinds >= {
         "signup_grant", "subscription_grant", "session_earning", "purchase", "promotion", "generation_hold",
@@ -365,6 +385,10 @@ async def test_a_rich_past_is_whole(books: str, owner: asyncpg.Connection) -> No
     outcomes = {row[0] for row in await owner.fetch("SELECT DISTINCT outcome FROM commands")}
     assert outcomes == {"applied", "rejected", "duplicate"}
     assert await owner.fetchval("SELECT count(*) FROM parked WHERE dead_letter_id IS NOT NULL") == 1
+    refused = await owner.fetch(
+        "SELECT detail FROM dead_letters WHERE reason = 'database_rejected'"
+    )
+    assert refused == []
 
 
 async def test_a_ledger_at_work_gives_no_false_alarm(database_url: str) -> None:

@@ -473,7 +473,7 @@ WHERE t.expected IS NOT NULL AND ($1::text[] IS NULL OR p.account_id = ANY($1));
 SELECT l.account_id, 'lot', l.lot_id::text, 'source_reference', l.source_reference, 'a purchase of this lot by this key'
 FROM lots l LEFT JOIN purchases p ON p.purchase_key = l.source_reference AND p.lot_id = l.lot_id
 WHERE l.source_kind IN ('signup_grant', 'purchase', 'subscription_grant', 'session_earning')
-  AND l.source_reference ~ '^(signup|checkout|period|allocation):'
+  AND l.source_reference ~ '^(signup|checkout|period|change|allocation):'
   AND p.purchase_key IS NULL AND ($1::text[] IS NULL OR l.account_id = ANY($1));
 
 -- name: signups_are_marked
@@ -591,7 +591,7 @@ FROM commands c
 WHERE c.outcome = 'applied'
   AND c.type IN ('credits.granted', 'credits.adjusted', 'credits.transferred', 'booking.requested', 'booking.cancelled',
                  'generation.requested', 'generation.completed', 'generation.failed', 'generation.cancelled',
-                 'generation.refunded', 'user.merged')
+                 'generation.refunded')
   AND NOT EXISTS (SELECT FROM entries e WHERE e.transaction_id = c.transaction_id)
   AND ($1::text[] IS NULL OR c.account_id = ANY($1));
 
