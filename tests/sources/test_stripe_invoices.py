@@ -201,18 +201,6 @@ def test_a_plan_that_nobody_knows_calls_a_person(invoice: Invoice, line: Line) -
         assert "price_new" in refused.detail
 
 
-@both
-def test_an_invoice_with_more_lines_than_its_event_calls_a_person(
-    invoice: Invoice, line: Line
-) -> None:
-    """Granting a part of what was paid would be silent; the rest must be fetched."""
-    found = {**invoice(), "lines": {"data": [line()], "has_more": True}}
-
-    refused = refusal(stripe(PAID, found), KNOWN)
-
-    assert (refused.reason, refused.manual_fix) == ("unresolved", True)
-
-
 def test_an_invoice_of_no_subscription_is_ignored() -> None:
     """What was sold once is granted by its session, not by its invoice."""
     once = new_invoice(new_line(parent=None), parent=None)

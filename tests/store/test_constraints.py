@@ -29,6 +29,7 @@ INSERT INTO allocations (subscription_id, period_start, period_end, account_id, 
     VALUES ('sub_1', '2026-11-01', '2027-11-01', 'user:ann', 'pro_yearly', 800, 1, '2026-12-01', 'in_1');
 INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_1', 'active', now(), now());
 INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(), now());
+INSERT INTO stripe_objects VALUES ('invoices/in_1', '{}', now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
 INSERT INTO members VALUES ('o1', 'ann');
 INSERT INTO heartbeats VALUES (gen_random_uuid(), 1, '{}', now(), now());
@@ -108,6 +109,7 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "disputes_amount_check": ("disputes", "true", {"amount": -1}),
     "subscriptions_pkey": ("subscriptions", "true", {}),
     "customers_pkey": ("customers", "true", {}),
+    "stripe_objects_pkey": ("stripe_objects", "true", {}),
     "identities_pkey": ("identities", "true", {}),
     "organisations_pkey": ("organisations", "true", {}),
     "organisations_mode_check": ("organisations", "true", {"mode": "solo"}),

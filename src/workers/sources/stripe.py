@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -42,13 +43,23 @@ from workers.sources.stripe_objects import (
     Dispute,
     Envelope,
     Invoice,
+    InvoiceLines,
     InvoicePayment,
+    LineItems,
     Price,
     Refund,
     Session,
     Subscription,
+    ThinEvent,
 )
-from workers.sources.understood import Identities, Ignored, Understood, Waiting
+from workers.sources.understood import (
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Understood,
+    Waiting,
+)
 
 STRIPE = "stripe"
 CHECKOUT_PAID = frozenset(
@@ -67,31 +78,33 @@ SUBSCRIPTION_RANK = {
 # `charge.refund.updated` is the older name of `refund.updated`.
 REFUND = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refund.updated"})
 DISPUTE = re.compile(r"charge\.dispute\.(created|updated|funds_withdrawn|funds_reinstated|closed)")
+KNOWN = {
+    *CHECKOUT_PAID, *INVOICE_PAID, *CUSTOMER, *SUBSCRIPTION_RANK, *REFUND, "charge.refunded", "invoice_payment.paid"
+}  # fmt: skip
+FETCH = "must be fetched from Stripe: set CREDITS_STRIPE_API_KEY if it is not set"
 # As it is written everywhere; `uuid.UUID` would also take `0x` and underscores between the digits.
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 UUID_LAYERS = ("resolved_supabase_user_id", "supabase_user_id", "original_userId")
 
 
 def read_stripe(
-    record: Record, *, catalogue: Catalogue, webhook_secrets: tuple[str, ...]
-) -> Understood | Ignored:
+    record: Record,
+    *,
+    catalogue: Catalogue,
+    webhook_secrets: tuple[str, ...],
+    fetched: Fetched = MappingProxyType({}),
+    fetches: bool = False,
+) -> Understood | Ignored | Lacking:
     """Understand a record of `stripe.webhook`: its signature is checked again, without the age limit.
 
+    `fetched` are objects of Stripe's API that an event left out; `fetches` says whether anybody fetches them.
+
     Raises:
-        Refused: forged, thin, unreadable, or for something that the catalogue does not sell.
+        Refused: forged, unreadable, thin where nobody fetches, or for something that the catalogue does not sell.
     """
-    body = record.value or b""
-    try:
-        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
-    except BadSignature as error:
-        raise Refused("bad_signature", error.reason) from error
-    parsed = read_json(body)
-    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
-        raise Refused(
-            "thin_event",
-            "a thin event names its object only; send snapshot events to this endpoint",
-        )
-    event = read_data(Envelope, parsed)
+    event = _event(record, webhook_secrets, fetched, fetches=fetches)
+    if isinstance(event, Ignored | Lacking):
+        return event
     cause = Cause(
         source=STRIPE,
         type=event.type,
@@ -106,8 +119,8 @@ def read_stripe(
     if event.type in CHECKOUT_PAID | INVOICE_PAID:
         try:
             if event.type in CHECKOUT_PAID:
-                return _read_checkout(cause, read_data(Session, object_), catalogue)
-            return _read_invoice(cause, read_data(Invoice, object_), catalogue)
+                return _read_checkout(cause, read_data(Session, object_), catalogue, fetched)
+            return _read_invoice(cause, read_data(Invoice, object_), catalogue, fetched)
         except Refused as refused:
             refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
             raise
@@ -126,10 +139,47 @@ def read_stripe(
     return Understood(cause, (), lambda _: command)
 
 
+def _event(
+    record: Record, webhook_secrets: tuple[str, ...], fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    body = record.value or b""
+    try:
+        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
+    except BadSignature as error:
+        raise Refused("bad_signature", error.reason) from error
+    parsed = read_json(body)
+    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
+        return _whole(read_data(ThinEvent, parsed), record, fetched, fetches=fetches)
+    return read_data(Envelope, parsed)
+
+
+def _whole(
+    event: ThinEvent, record: Record, fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    """The snapshot that a thin event stands for. Where Stripe sends both, they are one event: the snapshot's id counts."""
+    type_ = event.type.removeprefix("v1.")
+    if type_ not in KNOWN and DISPUTE.fullmatch(type_) is None:
+        return Ignored(type_)
+    path = event.related_object.path if event.related_object else None
+    if path is None or not fetches:
+        detail = (
+            "a thin event names its object only: send snapshot events to this endpoint, or set CREDITS_STRIPE_API_KEY "
+            "so that the object can be fetched, then replay this dead letter"
+        )
+        raise Refused("thin_event", detail, manual_fix=True)
+    if path not in fetched:
+        return Lacking(path, f"{type_} names {path} only; it is being fetched")
+    created = int((event.created or record.timestamp_at).timestamp())
+    id_ = event.snapshot_event or event.id
+    return Envelope(id=id_, type=type_, created=created, data={"object": fetched[path]})
+
+
 # -- checkout --------------------------------------------------------------------------------------------------
 
 
-def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Understood | Ignored:
+def _read_checkout(
+    cause: Cause, session: Session, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
     claimed = _claimed_user((session.metadata,), session.client_reference_id)
     if session.mode == "subscription" or (session.mode is None and session.subscription):
         if session.customer is None or claimed is None:
@@ -142,7 +192,12 @@ def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Unde
         return Ignored(
             cause.type
         )  # not paid yet: checkout.session.async_payment_succeeded will tell
-    credits, expires_days = _bought(session, catalogue)
+    path = f"checkout/sessions/{session.id}/line_items"
+    sold = read_data(LineItems, fetched[path]) if path in fetched else session.line_items
+    named = {"pack", "credits"} & session.metadata.keys()
+    if (sold is None and not named) or (sold is not None and sold.has_more):
+        return Lacking(path, f"checkout session {session.id} was paid, and its line items {FETCH}")
+    credits, expires_days = _bought(session, sold, catalogue)
     references = {"checkout_session_id": session.id}
     if session.payment_intent:
         references["payment_intent_id"] = session.payment_intent
@@ -170,11 +225,12 @@ def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Unde
     return Understood(cause, _ids(session.customer, claimed), build)
 
 
-def _bought(session: Session, catalogue: Catalogue) -> tuple[int, int | None]:
+def _bought(
+    session: Session, sold: LineItems | None, catalogue: Catalogue
+) -> tuple[int, int | None]:
     """Credits and days until expiry: by price, else `metadata.pack`, else `metadata.credits`."""
-    items = session.line_items.data if session.line_items else ()
     names = []
-    for item in items:
+    for item in sold.data if sold else ():
         name = catalogue.pack_of_price(
             item.price.id if isinstance(item.price, Price) else item.price
         )
@@ -203,7 +259,14 @@ def _bought(session: Session, catalogue: Catalogue) -> tuple[int, int | None]:
 # -- invoices --------------------------------------------------------------------------------------------------
 
 
-def _read_invoice(cause: Cause, invoice: Invoice, catalogue: Catalogue) -> Understood | Ignored:
+def _read_invoice(
+    cause: Cause, invoice: Invoice, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
+    path = f"invoices/{invoice.id}/lines"
+    if path in fetched:
+        invoice = invoice.model_copy(update={"lines": read_data(InvoiceLines, fetched[path])})
+    elif invoice.lines.has_more:
+        return Lacking(path, f"invoice {invoice.id} has more lines than its event: they {FETCH}")
     subscription_id = invoice.subscription_id
     if subscription_id is None:
         return Ignored(cause.type)
@@ -238,9 +301,6 @@ def _read_invoice(cause: Cause, invoice: Invoice, catalogue: Catalogue) -> Under
 
 def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
     """The lines that start a period of a plan. Raises Refused when a paid line is of a plan nobody knows."""
-    if invoice.lines.has_more:
-        detail = f"invoice {invoice.id} has more lines than its event carries; they must be fetched"
-        raise Refused("unresolved", detail, manual_fix=True)
     lines = []
     for line in invoice.lines.data:
         # A correction's credit side takes back what was charged before; what it charges anew is a change of plan.

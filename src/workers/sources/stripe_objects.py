@@ -5,9 +5,10 @@ The SDK's objects are not dictionaries and raise for a missing field. Both shape
 `pricing.price_details`, its flags to `parent`.
 """
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _id_of(value: Any) -> Any:
@@ -15,6 +16,7 @@ def _id_of(value: Any) -> Any:
     return value.get("id") if isinstance(value, dict) else value
 
 
+OBJECT_URL = re.compile(r"/v1/([a-z_]+(?:/[a-z_]+)?/[A-Za-z0-9_]{1,255})")
 Id = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
 StripeId = Annotated[Id | None, BeforeValidator(_id_of)]
 Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
@@ -46,6 +48,7 @@ class LineItems(StripeObject):
     """A page of line items; events do not carry it unless it was expanded."""
 
     data: tuple[LineItem, ...] = ()
+    has_more: bool = False
 
 
 class Session(StripeObject):
@@ -274,3 +277,25 @@ class Envelope(StripeObject):
     type: Id
     created: Seconds
     data: dict[str, Any]
+
+
+class RelatedObject(StripeObject):
+    """What a thin event is about."""
+
+    url: Annotated[str, Field(max_length=1000)]
+
+    @property
+    def path(self) -> str | None:
+        """Its place in Stripe's API, below `/v1/`; None for a place that no object of ours has."""
+        found = OBJECT_URL.fullmatch(self.url)
+        return found[1] if found else None
+
+
+class ThinEvent(StripeObject):
+    """An event that names its object only (API v2)."""
+
+    id: Id
+    type: Id
+    created: AwareDatetime | None = None
+    related_object: RelatedObject | None = None
+    snapshot_event: StripeId = None

@@ -55,6 +55,20 @@ WITH RECURSIVE parties AS (
 )
 SELECT account_id FROM heirs;
 
+-- name: find_fetched
+-- Objects of Stripe's API that events left out and that were fetched.
+SELECT path, body FROM stripe_objects WHERE path = ANY($1::text[]);
+
+-- name: find_lacking
+-- Objects that parked messages wait for and that nobody has fetched yet.
+SELECT DISTINCT p.waits_for FROM parked p
+WHERE p.provider = 'stripe_api' AND NOT EXISTS (SELECT FROM stripe_objects o WHERE o.path = p.waits_for) LIMIT $1;
+
+-- name: keep_fetched
+-- An object as it was when it was fetched.
+INSERT INTO stripe_objects (path, body, fetched_at) VALUES ($1, $2::jsonb, clock_timestamp())
+ON CONFLICT (path) DO NOTHING;
+
 -- name: create_accounts
 -- R1: created on first sight, in the order in which they will be locked.
 INSERT INTO accounts (account_id) SELECT id FROM unnest($1::text[]) AS id ORDER BY id COLLATE "C"
@@ -295,7 +309,8 @@ FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[],
             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
      AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, provider, waits_for, detail,
            source, type, command_key)
-ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING;
+ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING
+RETURNING topic, partition, kafka_offset, record_hash;
 
 -- name: claim_parked
 -- Messages whose wait is over: their time came, or what they wait for is known. Polling is the guarantee, so that no
@@ -305,6 +320,7 @@ SELECT p.parked_id, p.topic, p.partition, p.kafka_offset, p.record_at, p.key, p.
 FROM parked p
 WHERE p.next_attempt_at <= clock_timestamp()
    OR EXISTS (SELECT FROM identities i WHERE i.external_id = p.waits_for AND i.provider = p.provider)
+   OR (p.provider = 'stripe_api' AND EXISTS (SELECT FROM stripe_objects o WHERE o.path = p.waits_for))
 ORDER BY p.parked_id LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- name: wait_longer
