@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, get_args
 from uuid import UUID
@@ -200,8 +201,9 @@ async def _ask(
     if "$2" in query:
         arguments.append(_KINDS)
     wrapped = _FOUND.format(query=query, limit=f"${len(arguments) + 1}")
-    rows = await _fetch(connection, wrapped, *arguments, keep)
-    verdict.findings += [Finding(name, *tuple(row)[:-1]) for row in rows]
+    # One row at least: it bears the count.
+    rows = await _fetch(connection, wrapped, *arguments, None if keep is None else max(keep, 1))
+    verdict.findings += [Finding(name, *tuple(row)[:-1]) for row in rows[:keep]]
     verdict.found = rows[0]["found"] if rows else 0
 
 
@@ -221,23 +223,21 @@ async def _recompute(
     done = 0
     while rows := await cursor.fetch(ENTRIES_READ_MAX, timeout=STATEMENT_SECONDS_MAX):
         for row in rows:
-            expected = _expected_hash(row)
-            if expected != row["hash"].hex():
+            stored, expected = row["hash"].hex(), _expected_hash(row)
+            if stored != expected:
+                where = (row["account_id"], "version", str(row["version"]))
+                verdict.findings.append(Finding(HASHES, *where, "hash", stored, expected))
                 verdict.found += 1
-                if keep is None or len(verdict.findings) < keep:
-                    verdict.findings.append(
-                        Finding(
-                            HASHES,
-                            row["account_id"],
-                            "version",
-                            str(row["version"]),
-                            "hash",
-                            row["hash"].hex(),
-                            expected,
-                        )
-                    )
         done += len(rows)
         progress(HASHES, done, verdict.checked)
+        if keep is not None:
+            verdict.findings[:] = nsmallest(keep, verdict.findings, key=_place)
+    # The rows came as they lie on disk.
+    verdict.findings.sort(key=_place)
+
+
+def _place(finding: Finding) -> tuple[str, int]:
+    return finding.account_id or "", int(finding.id)
 
 
 def _expected_hash(row: asyncpg.Record) -> str:
