@@ -69,12 +69,16 @@ class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
 
 @dataclass(slots=True)
 class Report:
-    """What became of a batch, for logs, metrics and whoever waits for a signal."""
+    """What became of a batch, for logs, metrics and whoever waits for a signal. `kinds` counts entries, `credits` adds up
+    what they changed of balances.
+    """
 
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     rejections: Counter[str] = field(default_factory=Counter)
     dead: Counter[tuple[str, str]] = field(default_factory=Counter)
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    credits: Counter[str] = field(default_factory=Counter)
     entries: int = 0
     published: int = 0
     linked: bool = False
@@ -86,6 +90,8 @@ class Report:
         self.rejections += other.rejections
         self.dead += other.dead
         self.ignored += other.ignored
+        self.kinds += other.kinds
+        self.credits.update(other.credits)  # not +=, which forgets what is negative
         self.entries += other.entries
         self.published += other.published
         self.linked = self.linked or other.linked
@@ -210,11 +216,9 @@ class Ledger:
             publications = await record_execution(connection, execution, ())
             publications += self._alerts(execution.alerts, execution)
             await record_publications(connection, publications)
-        return Report(
-            entries=len(execution.entries),
-            published=len(publications),
-            seconds=time.perf_counter() - started,
-        )
+        report = Report(published=len(publications), seconds=time.perf_counter() - started)
+        _count_entries(report, execution)
+        return report
 
     @staticmethod
     async def _loading_anew(attempt: Callable[[], Awaitable[Result]]) -> Result:
@@ -475,8 +479,16 @@ def _published_cause(command: Command) -> dict[str, str]:
     return command.cause.published(references_of(command.action))
 
 
+def _count_entries(report: Report, execution: Execution) -> None:
+    report.entries = len(execution.entries)
+    for entry in execution.entries:
+        report.kinds[entry.kind] += 1
+        report.credits[entry.kind] += entry.subscription_delta + entry.purchased_delta
+
+
 def _report(batch: _Sorted, execution: Execution, *, published: int, linked: bool) -> Report:
-    report = Report(entries=len(execution.entries), published=published, linked=linked)
+    report = Report(published=published, linked=linked)
+    _count_entries(report, execution)
     for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
         name = outcome_name(decision.outcome)
         if name != "conflict":  # counted below, with the other dead letters

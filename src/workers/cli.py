@@ -257,6 +257,47 @@ def schemas(
     return PROBLEMS if differences else WELL
 
 
+@app.command()
+def expire(as_json: Json = False) -> int:
+    """Do what time has done: release lapsed holds, expire lots, grant months. Safe to repeat."""
+    from workers.operations.catching_up import catch_up
+
+    known = _operator_settings().load_catalogue()
+    report = _with_database(lambda pool: catch_up(pool, known))
+    done = [
+        f"{count} {kind} ({report.credits[kind]:+,})"
+        for kind, count in sorted(report.kinds.items())
+    ]
+    told = {"entries": dict(report.kinds), "credits": dict(report.credits)}
+    _answer(told, as_json, f"Written: {', '.join(done)}." if done else "Nothing was due.")
+    return WELL
+
+
+@app.command()
+def allocate(
+    period: Annotated[str, typer.Option(help="The calendar month, as 2026-11.")],
+    as_json: Json = False,
+) -> int:
+    """Grant the months of yearly plans that are due, and tell what a calendar month comes to. Safe to repeat."""
+    import dataclasses
+
+    from workers.operations import catching_up
+
+    known = _operator_settings().load_catalogue()
+    try:
+        catching_up.month_of(period)
+        found = _with_database(lambda pool: catching_up.allocate(pool, known, period))
+    except ValueError as error:
+        raise UnusableError(f"--period {period}: {error}") from error
+    _answer(
+        dataclasses.asdict(found),
+        as_json,
+        f"In {period}: {found.credits:,} credits in {found.months:,} months of {found.accounts:,} accounts, "
+        f"{found.months_now:,} of them granted now.",
+    )
+    return WELL
+
+
 @catalogue.command("check")
 def catalogue_check(
     file: Annotated[Path, typer.Argument(help="A catalogue in TOML.")], as_json: Json = False

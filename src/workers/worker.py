@@ -144,6 +144,8 @@ class Worker:
                     log.info(
                         "parked_applied",
                         outcomes=outcomes,
+                        entries=dict(report.kinds),
+                        credits=dict(report.credits),
                         duration_ms=round(report.seconds * 1000, 1),
                     )
                     self._applied(report)

@@ -27,12 +27,22 @@ from workers.ledger.commands import (
     Command,
     CommandKey,
     CompleteGeneration,
+    DisputePayment,
+    DisputeStep,
     EndGeneration,
     GrantCredits,
+    ImportCredits,
+    ImportedEntry,
     LinkIdentities,
+    MergeAccounts,
+    PayInvoice,
+    PaymentIds,
     PeriodLine,
     Pool,
+    RefundCharge,
     RefundGeneration,
+    RefundPayment,
+    RefundStatus,
     RegisterUser,
     RequestBooking,
     RequestGeneration,
@@ -663,3 +673,50 @@ def invoice(
     """A paid invoice."""
     references = {"subscription_id": subscription, "invoice_id": id}
     return StartPeriods(to, subscription, lines, id, payment, paid, references=references)
+
+
+def pay(*, invoice: str = "in_1", payment: str = "pi_1") -> PayInvoice:
+    """A payment turns out to have paid an invoice."""
+    return PayInvoice(PaymentIds(payment), invoice)
+
+
+def give_money_back(
+    amount: int, *, id: str = "re_1", of: str = "pi_1", status: RefundStatus = "succeeded"
+) -> RefundPayment:
+    """What is told of one refund."""
+    return RefundPayment(PaymentIds(of), id, amount, status)
+
+
+def charge_refunded(refunded: int, *, of: str = "pi_1") -> RefundCharge:
+    """All that was refunded of a charge so far."""
+    return RefundCharge(PaymentIds(of), refunded)
+
+
+def dispute(
+    amount: int, step: DisputeStep = "withdrawn", *, id: str = "dp_1", of: str = "pi_1"
+) -> DisputePayment:
+    """One step of a dispute."""
+    return DisputePayment(PaymentIds(of), id, amount, step)
+
+
+def merge(source: str = BOB, target: str = ANN) -> MergeAccounts:
+    """Bob turns out to be Ann."""
+    return MergeAccounts(source, target, "one person")
+
+
+def imported(
+    credits: int,
+    *,
+    pool: Pool = "purchased",
+    expires_at: datetime | None = None,
+    key: str | None = None,
+    payment: str | None = None,
+    paid: int | None = None,
+) -> ImportedEntry:
+    """One line of an old system's books."""
+    return ImportedEntry("import", pool, credits, START, "row", expires_at, key, payment, paid)
+
+
+def import_books(*entries: ImportedEntry, key: str = "profiles:1", to: str = ANN) -> ImportCredits:
+    """What an old system knew of Ann."""
+    return ImportCredits(to, key, entries)

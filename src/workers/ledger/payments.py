@@ -74,8 +74,9 @@ def dispute_payment(writer: Writer, action: DisputePayment, transaction: Transac
     """Remember a step of a dispute. Its opening moves nothing: it alerts."""
     payment = _payment(writer, action.payment)
     dispute = payment.disputes.get(action.dispute_id)
+    news = dispute is None or action.step not in dispute.steps
     if dispute is None:
-        dispute = payment.disputes[action.dispute_id] = Dispute(
+        payment.disputes[action.dispute_id] = Dispute(
             dispute_id=action.dispute_id,
             payment_id=payment.payment_id,
             amount=action.amount,
@@ -87,7 +88,7 @@ def dispute_payment(writer: Writer, action: DisputePayment, transaction: Transac
         dispute.amount = action.amount
         dispute.steps |= {action.step}
         dispute.changed = True
-    if action.step == "opened":
+    if news and action.step == "opened":
         _tell_of_dispute(writer, payment, action, transaction)
     follow(writer, payment, transaction)
     return APPLIED

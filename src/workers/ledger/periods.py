@@ -229,6 +229,7 @@ def _start(
         subscription_id=action.subscription_id,
         plan=period.plan_name,
         period=(period.start, period.end),
+        month=0 if period.monthly and not period.prorated else None,
         worth=period.worth if period.prorated else None,
         invoice_id=period.invoice_id,
         payment_id=period.payment_id,
