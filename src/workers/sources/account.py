@@ -26,7 +26,7 @@ from workers.messages.inbound import (
 )
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
-from workers.sources.understood import Identities, Ignored, Understood
+from workers.sources.understood import NEVER_A_USER, Identities, Ignored, Understood
 
 
 def read_account(record: Record) -> Understood | Ignored:
@@ -79,18 +79,26 @@ def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
         case UserCreated():
             owner = identities.user(data.user_id)
             links = [
-                Link(provider, id_, owner, "user.created")
+                _link(provider, id_, owner, "user.created", identities)
                 for provider, id_ in data.external_ids.items()
             ]
             if data.email:
                 links.append(Link("email", data.email.lower(), owner, "user.created"))
             return tuple(links)
         case UserLinked():
-            return (
-                Link(data.provider, data.external_id, identities.user(data.user_id), "user.linked"),
-            )
+            owner = identities.user(data.user_id)
+            return (_link(data.provider, data.external_id, owner, "user.linked", identities),)
         case _:
             return ()
+
+
+def _link(
+    provider: str, external_id: str, owner: str, resolved_by: str, identities: Identities
+) -> Link:
+    """A link; news of it may mean that the id was taken for a user of its own until now (R13)."""
+    news = identities.external(provider, external_id) is None and provider not in NEVER_A_USER
+    itself = f"user:{external_id}" if news and f"user:{external_id}" != owner else None
+    return Link(provider, external_id, owner, resolved_by, itself)
 
 
 def _external_ids(data: Data) -> tuple[str, ...]:

@@ -8,11 +8,15 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
+
+import orjson
 
 from workers.ledger.catalogue import CREDITS_MAX, Catalogue
 from workers.ledger.commands import (
     Action,
+    AsOf,
     BuyPack,
     Cause,
     Command,
@@ -23,6 +27,7 @@ from workers.ledger.commands import (
     PayInvoice,
     PaymentIds,
     PeriodLine,
+    RecordSubscription,
     RefundCharge,
     RefundPayment,
     RefundStatus,
@@ -38,54 +43,68 @@ from workers.sources.stripe_objects import (
     Dispute,
     Envelope,
     Invoice,
+    InvoiceLines,
     InvoicePayment,
+    LineItems,
     Price,
     Refund,
     Session,
+    Subscription,
+    ThinEvent,
 )
-from workers.sources.understood import Identities, Ignored, Understood, Waiting
+from workers.sources.understood import (
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Understood,
+    Waiting,
+)
 
 STRIPE = "stripe"
 CHECKOUT_PAID = frozenset(
     {"checkout.session.completed", "checkout.session.async_payment_succeeded"}
 )
 INVOICE_PAID = frozenset({"invoice.paid", "invoice.payment_succeeded"})
-LINKING = frozenset(
-    {
-        "customer.created",
-        "customer.updated",
-        "customer.subscription.created",
-        "customer.subscription.updated",
-    }
-)
+CUSTOMER = frozenset({"customer.created", "customer.updated"})
+# Of events of one second the later kind is right.
+SUBSCRIPTION_RANK = {
+    "customer.subscription.created": 0,
+    "customer.subscription.updated": 1,
+    "customer.subscription.paused": 1,
+    "customer.subscription.resumed": 1,
+    "customer.subscription.deleted": 2,
+}
 # `charge.refund.updated` is the older name of `refund.updated`.
 REFUND = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refund.updated"})
 DISPUTE = re.compile(r"charge\.dispute\.(created|updated|funds_withdrawn|funds_reinstated|closed)")
+KNOWN = {
+    *CHECKOUT_PAID, *INVOICE_PAID, *CUSTOMER, *SUBSCRIPTION_RANK, *REFUND, "charge.refunded", "invoice_payment.paid"
+}  # fmt: skip
+FETCH = "must be fetched from Stripe: set CREDITS_STRIPE_API_KEY if it is not set"
 # As it is written everywhere; `uuid.UUID` would also take `0x` and underscores between the digits.
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 UUID_LAYERS = ("resolved_supabase_user_id", "supabase_user_id", "original_userId")
 
 
 def read_stripe(
-    record: Record, *, catalogue: Catalogue, webhook_secrets: tuple[str, ...]
-) -> Understood | Ignored:
+    record: Record,
+    *,
+    catalogue: Catalogue,
+    webhook_secrets: tuple[str, ...],
+    fetched: Fetched = MappingProxyType({}),
+    fetches: bool = False,
+) -> Understood | Ignored | Lacking:
     """Understand a record of `stripe.webhook`: its signature is checked again, without the age limit.
 
+    `fetched` are objects of Stripe's API that an event left out; `fetches` says whether anybody fetches them.
+
     Raises:
-        Refused: forged, thin, unreadable, or for something that the catalogue does not sell.
+        Refused: forged, unreadable, thin where nobody fetches, or for something that the catalogue does not sell.
     """
-    body = record.value or b""
-    try:
-        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
-    except BadSignature as error:
-        raise Refused("bad_signature", error.reason) from error
-    parsed = read_json(body)
-    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
-        raise Refused(
-            "thin_event",
-            "a thin event names its object only; send snapshot events to this endpoint",
-        )
-    event = read_data(Envelope, parsed)
+    event = _event(record, webhook_secrets, fetched, fetches=fetches)
+    if isinstance(event, Ignored | Lacking):
+        return event
     cause = Cause(
         source=STRIPE,
         type=event.type,
@@ -100,13 +119,15 @@ def read_stripe(
     if event.type in CHECKOUT_PAID | INVOICE_PAID:
         try:
             if event.type in CHECKOUT_PAID:
-                return _read_checkout(cause, read_data(Session, object_), catalogue)
-            return _read_invoice(cause, read_data(Invoice, object_), catalogue)
+                return _read_checkout(cause, read_data(Session, object_), catalogue, fetched)
+            return _read_invoice(cause, read_data(Invoice, object_), catalogue, fetched)
         except Refused as refused:
             refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
             raise
-    if event.type in LINKING:
-        return _read_linking(cause, read_data(Customer, object_))
+    if event.type in CUSTOMER:
+        return _read_customer(cause, read_data(Customer, object_))
+    if event.type in SUBSCRIPTION_RANK:
+        return _read_subscription(cause, read_data(Subscription, object_), catalogue)
     try:
         action = _money_action(event.type, object_)
     except Refused as refused:
@@ -118,10 +139,47 @@ def read_stripe(
     return Understood(cause, (), lambda _: command)
 
 
+def _event(
+    record: Record, webhook_secrets: tuple[str, ...], fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    body = record.value or b""
+    try:
+        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
+    except BadSignature as error:
+        raise Refused("bad_signature", error.reason) from error
+    parsed = read_json(body)
+    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
+        return _whole(read_data(ThinEvent, parsed), record, fetched, fetches=fetches)
+    return read_data(Envelope, parsed)
+
+
+def _whole(
+    event: ThinEvent, record: Record, fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    """The snapshot that a thin event stands for. Where Stripe sends both, they are one event: the snapshot's id counts."""
+    type_ = event.type.removeprefix("v1.")
+    if type_ not in KNOWN and DISPUTE.fullmatch(type_) is None:
+        return Ignored(type_)
+    path = event.related_object.path if event.related_object else None
+    if path is None or not fetches:
+        detail = (
+            "a thin event names its object only: send snapshot events to this endpoint, or set CREDITS_STRIPE_API_KEY "
+            "so that the object can be fetched, then replay this dead letter"
+        )
+        raise Refused("thin_event", detail, manual_fix=True)
+    if path not in fetched:
+        return Lacking(path, f"{type_} names {path} only; it is being fetched")
+    created = int((event.created or record.timestamp_at).timestamp())
+    id_ = event.snapshot_event or event.id
+    return Envelope(id=id_, type=type_, created=created, data={"object": fetched[path]})
+
+
 # -- checkout --------------------------------------------------------------------------------------------------
 
 
-def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Understood | Ignored:
+def _read_checkout(
+    cause: Cause, session: Session, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
     claimed = _claimed_user((session.metadata,), session.client_reference_id)
     if session.mode == "subscription" or (session.mode is None and session.subscription):
         if session.customer is None or claimed is None:
@@ -134,7 +192,12 @@ def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Unde
         return Ignored(
             cause.type
         )  # not paid yet: checkout.session.async_payment_succeeded will tell
-    credits, expires_days = _bought(session, catalogue)
+    path = f"checkout/sessions/{session.id}/line_items"
+    sold = read_data(LineItems, fetched[path]) if path in fetched else session.line_items
+    named = {"pack", "credits"} & session.metadata.keys()
+    if (sold is None and not named) or (sold is not None and sold.has_more):
+        return Lacking(path, f"checkout session {session.id} was paid, and its line items {FETCH}")
+    credits, expires_days = _bought(session, sold, catalogue)
     references = {"checkout_session_id": session.id}
     if session.payment_intent:
         references["payment_intent_id"] = session.payment_intent
@@ -162,11 +225,12 @@ def _read_checkout(cause: Cause, session: Session, catalogue: Catalogue) -> Unde
     return Understood(cause, _ids(session.customer, claimed), build)
 
 
-def _bought(session: Session, catalogue: Catalogue) -> tuple[int, int | None]:
+def _bought(
+    session: Session, sold: LineItems | None, catalogue: Catalogue
+) -> tuple[int, int | None]:
     """Credits and days until expiry: by price, else `metadata.pack`, else `metadata.credits`."""
-    items = session.line_items.data if session.line_items else ()
     names = []
-    for item in items:
+    for item in sold.data if sold else ():
         name = catalogue.pack_of_price(
             item.price.id if isinstance(item.price, Price) else item.price
         )
@@ -195,7 +259,14 @@ def _bought(session: Session, catalogue: Catalogue) -> tuple[int, int | None]:
 # -- invoices --------------------------------------------------------------------------------------------------
 
 
-def _read_invoice(cause: Cause, invoice: Invoice, catalogue: Catalogue) -> Understood | Ignored:
+def _read_invoice(
+    cause: Cause, invoice: Invoice, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
+    path = f"invoices/{invoice.id}/lines"
+    if path in fetched:
+        invoice = invoice.model_copy(update={"lines": read_data(InvoiceLines, fetched[path])})
+    elif invoice.lines.has_more:
+        return Lacking(path, f"invoice {invoice.id} has more lines than its event: they {FETCH}")
     subscription_id = invoice.subscription_id
     if subscription_id is None:
         return Ignored(cause.type)
@@ -230,14 +301,14 @@ def _read_invoice(cause: Cause, invoice: Invoice, catalogue: Catalogue) -> Under
 
 def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
     """The lines that start a period of a plan. Raises Refused when a paid line is of a plan nobody knows."""
-    if invoice.lines.has_more:
-        detail = f"invoice {invoice.id} has more lines than its event carries; they must be fetched"
-        raise Refused("unresolved", detail, manual_fix=True)
     lines = []
     for line in invoice.lines.data:
-        if line.is_proration or line.quantity == 0:
+        # A correction's credit side takes back what was charged before; what it charges anew is a change of plan.
+        if line.quantity == 0 or (line.is_proration and (line.amount or 0) <= 0):
             continue
         plan = catalogue.plan_of_price(line.price_id)
+        if plan is None and line.is_proration:
+            continue
         if plan is None:
             of_subscription = line.item.subscription or line.subscription
             if not line.is_extra and (of_subscription or len(invoice.lines.data) == 1):
@@ -260,9 +331,65 @@ def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, .
                 quantity=1 if line.quantity is None else line.quantity,
                 # A coupon leaves the line's amount and discounts it; a trial's line costs nothing (R14).
                 trial=line.amount == 0,
+                prorated=line.is_proration,
             )
         )
     return tuple(lines)
+
+
+# -- subscriptions (R14) ---------------------------------------------------------------------------------------
+
+
+def _read_subscription(
+    cause: Cause, subscription: Subscription, catalogue: Catalogue
+) -> Understood | Ignored:
+    """What a subscription is now. It moves no credits: paid invoices do."""
+    claimed = _claimed_user((subscription.metadata,), None)
+    names = [
+        catalogue.plan_of_price(item.price.id if item.price else None)
+        for item in subscription.items.data
+    ]
+    plans = [name for name in names if name is not None]
+    start, end = (_moment(seconds) for seconds in subscription.period)
+    cancel_at = _moment(subscription.cancel_at)
+    as_of = AsOf(cause.occurred_at, SUBSCRIPTION_RANK[cause.type], cause.id)
+    ended = cause.type == "customer.subscription.deleted"
+
+    def build(identities: Identities) -> Command | Waiting:
+        owner = _owner(identities, subscription.customer, claimed)
+        if owner is None:
+            return _waiting(subscription.customer, f"subscription {subscription.id}")
+        metadata = _text_only(subscription.metadata)
+        metadata["resolved_supabase_user_id"] = owner.partition(":")[2]
+        action = RecordSubscription(
+            account=owner,
+            subscription_id=subscription.id,
+            as_of=as_of,
+            status="canceled" if ended else subscription.status,
+            plan=max(plans, key=lambda name: catalogue.plans[name].credits, default=None),
+            customer_id=subscription.customer,
+            period_start=start,
+            period_end=end,
+            cancel_at=cancel_at or (end if subscription.cancel_at_period_end else None),
+            metadata=orjson.dumps(metadata).decode(),
+        )
+        links = _links(subscription.customer, claimed, identities, "subscription")
+        return Command(cause, action, _fingerprint(cause), links)
+
+    return Understood(cause, _ids(subscription.customer, claimed), build)
+
+
+def _text_only(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as Stripe defines them, texts by name, without the one character that PostgreSQL does not keep."""
+    return {
+        name.replace("\x00", ""): value.replace("\x00", "")
+        for name, value in metadata.items()
+        if isinstance(value, str)
+    }
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 # -- money that goes back (R7) ------------------------------------------------------------------------------------
@@ -315,12 +442,9 @@ def _dispute_step(event: str, status: str) -> DisputeStep:
 # -- who it is (R13) ---------------------------------------------------------------------------------------------
 
 
-def _read_linking(cause: Cause, customer: Customer) -> Understood | Ignored:
-    customer_id = customer.id if customer.object in {"customer", None} else customer.customer
+def _read_customer(cause: Cause, customer: Customer) -> Understood | Ignored:
     claimed = _claimed_user((customer.metadata,), None)
-    if customer_id is None or claimed is None:
-        return Ignored(cause.type)
-    return _linking(cause, customer_id, claimed, customer.object or "customer")
+    return _linking(cause, customer.id, claimed, "customer") if claimed else Ignored(cause.type)
 
 
 def _linking(cause: Cause, customer_id: str, claimed: str, resolved_by: str) -> Understood:

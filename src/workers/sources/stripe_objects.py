@@ -5,9 +5,10 @@ The SDK's objects are not dictionaries and raise for a missing field. Both shape
 `pricing.price_details`, its flags to `parent`.
 """
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _id_of(value: Any) -> Any:
@@ -15,10 +16,12 @@ def _id_of(value: Any) -> Any:
     return value.get("id") if isinstance(value, dict) else value
 
 
+OBJECT_URL = re.compile(r"/v1/([a-z_]+(?:/[a-z_]+)?/[A-Za-z0-9_]{1,255})")
 Id = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
 StripeId = Annotated[Id | None, BeforeValidator(_id_of)]
 Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
 Money = Annotated[int, Field(strict=True, ge=0, le=10**15)]  # in the currency's smallest unit
+Quantity = Annotated[int, Field(ge=0, le=10**6)]
 Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
 
 
@@ -38,13 +41,14 @@ class LineItem(StripeObject):
     """What a checkout session sold."""
 
     price: Price | str | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    quantity: Quantity | None = None
 
 
 class LineItems(StripeObject):
     """A page of line items; events do not carry it unless it was expanded."""
 
     data: tuple[LineItem, ...] = ()
+    has_more: bool = False
 
 
 class Session(StripeObject):
@@ -102,7 +106,7 @@ class InvoiceLine(StripeObject):
     """One line of an invoice."""
 
     period: LinePeriod | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    quantity: Quantity | None = None
     amount: Annotated[int, Field(ge=-(10**15), le=10**15)] | None = None
     type: str | None = None
     price: Price | None = None
@@ -173,12 +177,49 @@ class Invoice(StripeObject):
 
 
 class Customer(StripeObject):
-    """A customer, or a subscription: what either says about who the customer is."""
+    """A customer, and what its metadata say of who it is."""
 
     id: Id
-    object: str | None = None
-    customer: StripeId = None
     metadata: Metadata = Field(default_factory=dict)
+
+
+class SubscriptionItem(StripeObject):
+    """One of the things that a subscription is for; since 2025-03-31 it has the period."""
+
+    price: Price | None = None
+    quantity: Quantity | None = None
+    current_period_start: Seconds | None = None
+    current_period_end: Seconds | None = None
+
+
+class SubscriptionItems(StripeObject):
+    """The items of a subscription."""
+
+    data: tuple[SubscriptionItem, ...] = ()
+
+
+class Subscription(StripeObject):
+    """A subscription."""
+
+    id: Id
+    customer: StripeId = None
+    status: str
+    metadata: Metadata = Field(default_factory=dict)
+    items: SubscriptionItems = SubscriptionItems()
+    current_period_start: Seconds | None = None
+    current_period_end: Seconds | None = None
+    cancel_at: Seconds | None = None
+    cancel_at_period_end: bool = False
+
+    @property
+    def period(self) -> tuple[int | None, int | None]:
+        """The running period, wherever this version keeps it: from the first item's start to the last item's end."""
+        starts = [item.current_period_start for item in self.items.data]
+        ends = [item.current_period_end for item in self.items.data]
+        return (
+            min(filter(None, starts), default=self.current_period_start),
+            max(filter(None, ends), default=self.current_period_end),
+        )
 
 
 class Refund(StripeObject):
@@ -236,3 +277,25 @@ class Envelope(StripeObject):
     type: Id
     created: Seconds
     data: dict[str, Any]
+
+
+class RelatedObject(StripeObject):
+    """What a thin event is about."""
+
+    url: Annotated[str, Field(max_length=1000)]
+
+    @property
+    def path(self) -> str | None:
+        """Its place in Stripe's API, below `/v1/`; None for a place that no object of ours has."""
+        found = OBJECT_URL.fullmatch(self.url)
+        return found[1] if found else None
+
+
+class ThinEvent(StripeObject):
+    """An event that names its object only (API v2)."""
+
+    id: Id
+    type: Id
+    created: AwareDatetime | None = None
+    related_object: RelatedObject | None = None
+    snapshot_event: StripeId = None
