@@ -213,7 +213,7 @@ def why(
     if found is None:
         return _nobody(owner)
     if as_json:
-        sys.stdout.write(_visible(found.model_dump_json()) + "\n")
+        sys.stdout.write(_escaped(found.model_dump_json()) + "\n")
     else:
         console = _console()
         console.print(render(found, width=console.width))
@@ -635,7 +635,7 @@ def _print_json(told: Any) -> None:
     sys.stdout.write(json.dumps(told, ensure_ascii=False, default=_plain) + "\n")
 
 
-def _visible(text: str) -> str:
+def _escaped(text: str) -> str:
     """JSON whose foreign text cannot act on a terminal: inside its strings an escape means the same character."""
     escaped = (c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
     return "".join(escaped)

@@ -350,7 +350,7 @@ WITH by_lot AS (
     WHERE NOT in_part OR by_row
 ), judged AS (
     SELECT c.*, remaining > 0 AS open, coalesce(expires_at <= $5::timestamptz, false) AS lapsed,
-           NOT known OR (NOT $4 AND NOT mine AND net <> 0) OR (NOT told AND NOT in_part)
+           NOT known OR (NOT $4 AND NOT mine AND net <> 0)
            OR granted <> elsewhere + remaining + spent + expired + clawed + moved
            OR least(elsewhere, remaining, spent, expired, clawed, held, remaining - held) < 0
            OR (by_row AND NOT in_part AND (stored_remaining <> net OR stored_held <> net_held
@@ -382,15 +382,14 @@ ORDER BY open DESC, place
 """
 
 # What is known of the grants of listed lots: the purchase, the entry that brought it, the import or transfer behind it.
-# A reason may look like a purchase's key: only the purchase of this very lot counts.
 _GRANTS = """
 SELECT w.lot_id, p.plan, p.period_start, p.period_end, p.subscription_id, p.invoice_id, p.payment_id, e.cause,
-       e.kind AS entry_kind, c.account_id AS commanded_for, i.purchase_key AS import_key,
+       e.kind AS entry_kind, e.transaction_id, c.account_id AS commanded_for, i.purchase_key AS import_key,
        CASE WHEN e.kind IN ('subscription_grant', 'session_earning') THEN (
            SELECT coalesce(-sum(m.amount), 0)::bigint FROM jsonb_to_recordset(e.allocation) AS m (amount bigint)
            WHERE m.amount < 0) ELSE 0 END AS rolled_in
 FROM unnest($2::uuid[], $3::text[], $4::bigint[]) AS w (lot_id, reference, version)
-LEFT JOIN purchases p ON p.purchase_key = w.reference AND p.lot_id = w.lot_id
+LEFT JOIN purchases p ON p.purchase_key = w.reference
 LEFT JOIN entries e ON e.account_id = $1 AND e.version = w.version
     AND e.allocation @> jsonb_build_array(jsonb_build_object('lot_id', w.lot_id))
 LEFT JOIN purchases i ON i.account_id = $1 AND i.kind = 'import' AND i.transaction_id = e.transaction_id
@@ -476,6 +475,15 @@ _BOOKINGS = """
 SELECT booking_id, client_account, practitioner_account FROM bookings WHERE booking_id = ANY ($1::text[])
 """
 
+# Which account a merge's transaction closed. Its id was forwarded to the heir, and its last entry is the merge.
+_MERGED_FROM = """
+SELECT e.transaction_id, e.account_id
+FROM identities i
+JOIN accounts a ON a.account_id = 'user:' || i.external_id
+JOIN entries e ON e.account_id = a.account_id AND e.version = a.version
+WHERE i.owner = $1 AND a.account_id <> $1 AND e.kind = 'merge' AND e.transaction_id = ANY ($2::uuid[])
+"""
+
 _USAGE = """
 SELECT generations FROM usage_days WHERE account_id = $1 AND member_id = '' AND day = $2
 """
@@ -557,7 +565,7 @@ async def explain(
             if scope.total("debt")
             else []
         )
-        words = await _words(connection, [*recent, *debt, *lots.grants.values()], spent, holds)
+        words = await _words(scope, [*recent, *debt, *lots.grants.values()], spent, holds)
         await _check_totals(scope, lots, spent, holds)
         answer_for = await _answer_for(connection, asked, owner)
         today = await _today(scope, catalogue) if at is None else None
@@ -627,7 +635,8 @@ async def _answer_for(connection: Connection, asked: str, owner: str) -> str | N
     if named == owner:
         return None
     merged = await connection.fetchrow(_MERGED, named)
-    if merged is not None:
+    # An external id that was never taken for a user of its own had an account in name only.
+    if merged is not None and (asked == named or merged["merged_at"]):
         when = f" at {_time(merged['merged_at'])}" if merged["merged_at"] else ""
         via = "" if merged["merged_into"] == owner else f" and so at last into {owner}"
         return f"{named} was merged into {merged['merged_into']}{when}{via}"
@@ -784,10 +793,11 @@ def _sums(row: asyncpg.Record) -> LotSums:
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """Says what things are. Knows the generations and bookings that will be named."""
+    """Says what things are. Knows the generations and bookings that will be named, and whom merges closed."""
 
     generations: Mapping[str, asyncpg.Record]
     bookings: Mapping[str, asyncpg.Record]
+    merged: Mapping[UUID, str]
 
     def generation(self, id_: str | None) -> str:
         """A generation, and what it made."""
@@ -809,9 +819,15 @@ class _Words:
         in_words = _ENTRY_WORDS.get(row["kind"])
         if row["import_key"]:
             return _imported(row["import_key"], row["kind"])
+        if row["kind"] == "merge":
+            return self._merge(row)
         if in_words is None:
             return _listing(_plain(row["kind"]), _command(cause))
         return str(in_words(self, cause, amount))
+
+    def _merge(self, row: asyncpg.Record) -> str:
+        source = self.merged.get(row["transaction_id"])
+        return f"merge from {_clean(source)}" if source else "merge of two accounts"
 
     def spent(self, thing: str, id_: str) -> str:
         """What credits were spent on."""
@@ -835,23 +851,24 @@ class _Words:
 
     def lot(self, row: asyncpg.Record, grant: asyncpg.Record | None) -> str:
         """What granted a lot."""
-        cause = json.loads(grant["cause"]) if grant and grant["cause"] else {}
         kind, reference = row["source_kind"] or "", row["source_reference"] or ""
         if grant and grant["import_key"]:
             return _listing(_imported(grant["import_key"], kind), _clean(reference))
-        told = self._granted_by(kind, reference, grant, cause)
+        told = self._granted_by(kind, reference, grant)
         if grant and grant["entry_kind"] == "merge" and kind != "merge":
-            return f"{told}; came with the {_merge(cause)}"
+            return f"{told}; came with the {self._merge(grant)}"
         return told
 
     def _granted_by(  # noqa: C901, PLR0911, PLR0912 - one flat match is the table of sources
-        self, kind: str, reference: str, grant: asyncpg.Record | None, cause: Cause
+        self, kind: str, reference: str, grant: asyncpg.Record | None
     ) -> str:
         match kind:
             case "signup_grant":
                 return "sign-up grant"
             case "purchase":
                 return _listing("pack bought", *_purchase(reference, grant))
+            case "subscription_grant" | "session_earning" if reference.startswith("change:"):
+                return _listing(f"change of plan: {_period(grant)}", *_billing(grant))
             case "subscription_grant":
                 return _listing(_period(grant), *_billing(grant))
             case "session_earning" if reference.startswith("booking:"):
@@ -874,8 +891,8 @@ class _Words:
                 return f"given back from {self.booking(id_, 'practitioner')}"
             case "clawback_reversal":
                 return f"given back after a clawback, {_clean(reference)}"
-            case "merge":
-                return _merge(cause)
+            case "merge" if grant:
+                return self._merge(grant)
             case "import":
                 return f"imported from {_clean(reference)}"
             case "":
@@ -917,11 +934,6 @@ def _imported(import_key: str, kind: str) -> str:
     """History of an old system: its source row, and what its kind says happened there."""
     as_ = "" if kind == "import" else f" as {_plain(kind)}"
     return f"imported from {_clean(import_key.removeprefix('import:'))}{as_}"
-
-
-def _merge(cause: Cause) -> str:
-    source = cause.get("merged_account")
-    return f"merge from {_clean(source)}" if source else "merge of two accounts"
 
 
 def _money(cause: Cause) -> str:
@@ -988,7 +1000,6 @@ _ENTRY_WORDS: dict[str, Any] = {
     "debt_payment": lambda _w, _c, _a: "debt paid off",
     "adjustment": lambda _w, c, _a: f"operator's correction, {_command(c)}",
     "transfer": lambda _w, c, a: f"transfer {'received' if a > 0 else 'sent'}, {_command(c)}",
-    "merge": lambda _w, c, _a: _merge(c),
 }
 
 
@@ -1011,22 +1022,26 @@ _SOURCES = {
 
 
 async def _words(
-    connection: Connection,
+    scope: _Scope,
     caused: Iterable[asyncpg.Record],
     spent: Iterable[asyncpg.Record],
     holds: Iterable[asyncpg.Record],
 ) -> _Words:
-    """Look up the generations and bookings that the answer will name."""
-    causes = [json.loads(row["cause"]) for row in caused if row["cause"]]
+    """Look up the generations, bookings and merges that the answer will name."""
+    caused = [row for row in caused if row["cause"]]
+    causes = [json.loads(row["cause"]) for row in caused]
     generations = {cause.get("generation_id") for cause in causes}
     generations |= {row["id"] for row in spent if row["thing"] == "generation"}
     generations |= {row["generation_id"] for row in holds}
     bookings = {cause.get("booking_id") for cause in causes}
     bookings |= {row["id"] for row in spent if row["thing"].startswith("booking")}
     wanted = [[id_ for id_ in ids if id_] for ids in (generations, bookings)]
+    merges = [row["transaction_id"] for row in caused]
+    fetch = scope.connection.fetch
     return _Words(
-        {row["generation_id"]: row for row in await connection.fetch(_GENERATIONS, wanted[0])},
-        {row["booking_id"]: row for row in await connection.fetch(_BOOKINGS, wanted[1])},
+        {row["generation_id"]: row for row in await fetch(_GENERATIONS, wanted[0])},
+        {row["booking_id"]: row for row in await fetch(_BOOKINGS, wanted[1])},
+        {row[0]: row[1] for row in await fetch(_MERGED_FROM, scope.name, merges)},
     )
 
 
@@ -1542,7 +1557,8 @@ def _verdict(why: Why) -> Iterator[Text]:
             told = f"It adds up: {_equation(why.lots.all)}, as its last entry says."
             yield Text(told, "green")
         return
-    yield Text("It does not add up. Run `credits audit`, which finds what is wrong:", "bold red")
+    audit = f"credits audit --account {why.account_id}"
+    yield Text(f"It does not add up. Run `{audit}`, which finds what is wrong:", "bold red")
     for problem in why.problems:
         yield Text(f"  {problem.message}", "red")
     if why.problems_folded:
