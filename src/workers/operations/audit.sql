@@ -501,24 +501,32 @@ WHERE t.expected IS NOT NULL AND ($1::text[] IS NULL OR p.account_id = ANY($1));
 -- name: clawed_follows_the_money
 -- checks: purchases
 -- What was clawed back of a purchase is its share of the money that went back for it.
-WITH refunded AS (
-    SELECT payment_id, coalesce(sum(amount) FILTER (WHERE status <> 'failed'), 0) AS amount
-    FROM refunds GROUP BY payment_id
+WITH named AS (
+    -- A payment intent and its charge are two names of one thing.
+    SELECT payment_id, invoice_id, charge_id, refunded, coalesce(charge_id, payment_id) AS charge FROM payments
+), refund AS (
+    SELECT DISTINCT ON (n.charge, r.refund_id) n.charge, r.amount, r.status
+    FROM refunds r JOIN named n USING (payment_id)
+    ORDER BY n.charge, r.refund_id, array_position(ARRAY['failed', 'succeeded', 'pending'], r.status), r.amount DESC
+), refunded AS (
+    SELECT charge, coalesce(sum(amount) FILTER (WHERE status <> 'failed'), 0) AS amount FROM refund GROUP BY charge
+), dispute AS (
+    SELECT n.charge, d.dispute_id, max(d.amount) AS amount, array_agg(DISTINCT step) AS steps
+    FROM disputes d JOIN named n USING (payment_id) LEFT JOIN LATERAL unnest(d.steps) step ON true
+    GROUP BY n.charge, d.dispute_id
 ), disputed AS (
-    SELECT payment_id, sum(amount) AS amount FROM disputes
+    SELECT charge, sum(amount) AS amount FROM dispute
     WHERE 'lost' = ANY(steps) OR 'withdrawn' = ANY(steps) AND NOT steps && ARRAY['reinstated', 'won']
-    GROUP BY payment_id
+    GROUP BY charge
 ), returned AS (
-    SELECT p.payment_id, p.invoice_id, p.charge_id, coalesce(r.amount, p.refunded) + coalesce(d.amount, 0) AS amount
-    FROM payments p LEFT JOIN refunded r USING (payment_id) LEFT JOIN disputed d USING (payment_id)
+    SELECT n.charge, coalesce(max(r.amount), max(n.refunded)) + coalesce(max(d.amount), 0) AS amount
+    FROM named n LEFT JOIN refunded r USING (charge) LEFT JOIN disputed d USING (charge) GROUP BY n.charge
 ), paying AS (
-    SELECT b.purchase_key, r.payment_id, r.amount FROM purchases b JOIN returned r ON r.invoice_id = b.invoice_id
-    UNION SELECT b.purchase_key, r.payment_id, r.amount FROM purchases b JOIN returned r ON r.payment_id = b.payment_id
-    UNION SELECT b.purchase_key, r.payment_id, r.amount FROM purchases b JOIN returned r ON r.charge_id = b.payment_id
-    UNION SELECT b.purchase_key, r.payment_id, r.amount
-          FROM purchases b JOIN payments n ON n.payment_id = b.payment_id JOIN returned r ON r.payment_id = n.charge_id
+    SELECT b.purchase_key, n.charge FROM purchases b JOIN named n ON n.invoice_id = b.invoice_id
+    UNION SELECT b.purchase_key, n.charge FROM purchases b JOIN named n ON n.payment_id = b.payment_id
+    UNION SELECT b.purchase_key, n.charge FROM purchases b JOIN named n ON n.charge_id = b.payment_id
 ), gone AS (
-    SELECT purchase_key, sum(amount) AS amount FROM paying GROUP BY purchase_key
+    SELECT purchase_key, sum(amount) AS amount FROM paying JOIN returned USING (charge) GROUP BY purchase_key
 )
 SELECT b.account_id, 'purchase', b.purchase_key, 'clawed', b.clawed::text,
        format('%s: %s of %s paid went back', t.target, coalesce(g.amount, 0), b.paid)
@@ -532,16 +540,14 @@ WHERE b.clawed <> t.target AND ($1::text[] IS NULL OR b.account_id = ANY($1));
 
 -- name: months_were_granted
 -- checks: allocations
--- A yearly period has granted the months before its next one, each once.
-SELECT a.account_id, 'allocation', a.subscription_id || ' ' || a.period_start, 'next_month', a.next_month::text,
-       (1 + count(p.purchase_key))::text
+-- The next month of a yearly period follows the last one that it granted; its first follows the invoice's own.
+SELECT a.account_id, 'allocation', a.allocation_key, 'next_month', a.next_month::text, (1 + max(p.month))::text
 FROM allocations a
-LEFT JOIN purchases p ON p.subscription_id = a.subscription_id AND p.month > 0
-      AND starts_with(p.purchase_key, 'allocation:' || a.subscription_id || ':'
-                      || to_char(a.period_start AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS') || '+00:00:')
+LEFT JOIN purchases p ON p.purchase_key = a.allocation_key || ':' || p.month
+      AND p.subscription_id = a.subscription_id AND p.month > 0
 WHERE $1::text[] IS NULL OR a.account_id = ANY($1)
-GROUP BY a.subscription_id, a.period_start
-HAVING a.next_month <> 1 + count(p.purchase_key) OR count(p.month) <> count(DISTINCT p.month);
+GROUP BY a.allocation_key
+HAVING a.next_month <> 1 + max(p.month) OR count(p.month) > a.next_month - 1;
 
 -- name: months_to_come_are_planned
 -- checks: accounts
