@@ -881,7 +881,13 @@ async def test_any_history_adds_up_now_and_at_every_moment_of_it(
             if spent.thing not in {"transfer", "adjustment"}:
                 assert spent.credits == expected["spent"][key]
         assert why.holds.holds == expected["holds"]
-        assert why.balance == (await reads.account(pool, f"user:{person}")).balance
+        account = await reads.account(pool, f"user:{person}")
+        assert account is not None
+        assert why.balance == account.balance
+        to_be_spent = [lot.lot_id for lot in account.lots]
+        assert [lot.lot_id for lot in why.lots.listed if lot.state != "used_up"] == to_be_spent[
+            : module.LOTS_OPEN_MAX
+        ]
         for moment, told_then in moments:
             past = await told(pool, person, moment)
             adds_up(past)
@@ -1068,6 +1074,24 @@ async def test_an_address_and_an_external_id_answer_for_their_owner(
         assert page(why).startswith(f"{asked} is user:ada")
     for asked in ("ada", "user:ada"):
         assert (await told(pool, asked)).answer_for is None
+
+
+async def test_an_organisation_answers_for_itself_or_as_its_mirror_image(
+    ledger: Ledger, pool: Pool, owner: asyncpg.Connection
+) -> None:
+    """One with credits of its own has a page of its own; one that mirrors its member shows the member's."""
+    shared = event("credits.granted", organization_id="o1", credits=7, pool="purchased", reason="x")
+    await ledger.apply([register("ada"), grant("ada", 5), shared])
+    await owner.execute("""
+        INSERT INTO organisations VALUES ('o2', 'mirror', now(), now());
+        INSERT INTO members (organization_id, user_id) VALUES ('o2', 'ada')
+    """)
+
+    itself, mirror = await told(pool, "org:o1"), await told(pool, "org:o2")
+
+    assert (itself.account_id, itself.balance.total, itself.answer_for) == ("org:o1", 7, None)
+    assert (mirror.account_id, mirror.balance.total) == ("user:ada", 5)
+    assert mirror.answer_for == "org:o2 mirrors its member user:ada"
 
 
 async def test_an_owner_never_seen_has_no_explanation(pool: Pool) -> None:

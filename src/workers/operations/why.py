@@ -36,9 +36,9 @@ DEBT_CHANGES_MAX = 10
 RECENT_MAX = 10
 PROBLEMS_MAX = 10
 SOURCES_TOLD_MAX = 3
-# A million entries are summed in a few seconds. Of a longer journal the newest are, and the lots' own rows are
-# believed for the rest: `credits audit` proves them.
-ENTRIES_SUMMED_MAX = 1_000_000
+# So many entries are summed in a second or two, and the server ends a statement after ten. Of a longer journal the newest
+# are, and the lots' own rows are believed for the rest: `credits audit` proves them.
+ENTRIES_SUMMED_MAX = 200_000
 # A piece of foreign text in a sentence; whole ids are in the fields beside it.
 TEXT_CHARACTERS_MAX = 100
 
