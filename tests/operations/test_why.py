@@ -1194,5 +1194,10 @@ async def test_a_journal_too_long_to_sum_is_summed_in_part_and_says_so(
     past = await told(pool, "ada", moment)
     assert (past.lots.listed, past.balance.total, codes(past)) == ([], 35, [])
     assert "lots are not summed" in page(past)
+    await ledger.apply([complete(f"i{n}", "ada", kind="x", credits=1) for n in range(20)])
+    held = await told(pool, "ada", await clock(pool))
+    assert [(hold.what, hold.credits) for hold in held.holds.listed] == [
+        ("holds of long before", 4)
+    ]
     await owner.execute("DELETE FROM lots WHERE granted = 50")
     assert "lots_are_not_the_balance" in codes(await told(pool, "ada"))
