@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from tests.store.kit import grant, ledger_over, register
 
 from workers import cli
 from workers.embedded import Servers
 from workers.ledger.catalogue import DEFAULT_CATALOGUE
+from workers.store.database import open_pool
+from workers.store.set_aside import Work
 from workers.up.stack_file import Stack, write_stack
 
 LETTER = """
@@ -59,6 +62,11 @@ async def _on(url: str, method: str, *arguments: Any) -> Any:
         await connection.close()
 
 
+async def _apply(url: str, works: list[Work]) -> None:
+    async with await open_pool(url, size_max=2, name="tests") as pool:
+        await ledger_over(pool).apply(works)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must exit 2; returns its one sentence."""
     assert cli.run(arguments) == 2
@@ -94,8 +102,12 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
         (["dead", "replay", "--reason", "bored"], "unresolved"),
         (["dead", "discard", "1"], "credits dead discard --help"),
         (["dead", "discard", "1", "--by-reason", " "], "--by-reason"),
+        (["audit", "--limit", "-1"], "credits audit --help"),
         (["balance", "user:ada", "--at", "yesterday"], "2026-11-21T10:00:00Z"),
         (["balance", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
+        (["balance", "user:ada", "--at", "0001-01-01T00:00:00+14:00"], "year"),
+        (["why"], "credits why --help"),
+        (["why", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
         (["catalogue", "check", "/no/such/file"], "/no/such/file"),
     ],
 )
@@ -107,7 +119,8 @@ def test_wrong_usage_exits_2_with_a_sentence_that_helps(
 
 
 @pytest.mark.parametrize(
-    "command", ["balance user:ada", "entries ada", "dead list", "migrate", "topics"]
+    "command",
+    ["balance user:ada", "entries ada", "why ada", "audit", "dead list", "migrate", "topics"],
 )
 def test_without_any_stack_the_sentence_says_how_to_have_one(
     capsys: pytest.CaptureFixture[str], command: str
@@ -119,7 +132,9 @@ def test_without_any_stack_the_sentence_says_how_to_have_one(
     assert "CREDITS_DATABASE_URL" in sentence
 
 
-@pytest.mark.parametrize("command", ["balance user:ada", "entries ada", "dead list", "migrate"])
+@pytest.mark.parametrize(
+    "command", ["balance user:ada", "entries ada", "why ada", "audit", "dead list", "migrate"]
+)
 def test_an_unreachable_database_is_named_without_its_password(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -166,6 +181,7 @@ def test_a_database_without_the_ledger_is_told_to_migrate(
     """A database that was never migrated: exit 2, and the command that mends it."""
     monkeypatch.setenv("CREDITS_DATABASE_URL", empty_database)
     assert "credits migrate" in refused(capsys, "balance", "user:ada")
+    assert "credits migrate" in refused(capsys, "audit")
 
 
 def test_migrate_applies_once(
@@ -198,10 +214,48 @@ def test_an_owner_never_seen_is_a_problem_found(
 ) -> None:
     """Exit 1 with a sentence; an owner that no id can be is wrong usage."""
     monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
-    for command in ("balance", "entries"):
-        assert cli.run([command, "user:nobody"]) == 1
+    for command in ("balance", "entries", "why", "audit --account"):
+        assert cli.run([*command.split(), "user:nobody"]) == 1
         assert "user:nobody was never seen" in capsys.readouterr().err
     assert "user:<id>" in refused(capsys, "balance", "user:two words")
+    assert "user:<id>" in refused(capsys, "audit", "--account", "user:two words")
+
+
+def test_a_balance_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """As a page and as JSON, neither of which lets foreign text act; exit 1 where it does not add up."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    reason = "\x1b[31m[red]\x9b\u202e\U000e0041 sorry"
+    works = [register("ada", email="ada@example.com"), grant("ada", 50, reason=reason)]
+    asyncio.run(_apply(database_url, works))
+
+    assert cli.run(["why", "ada@example.com"]) == 0
+    page = capsys.readouterr().out
+    assert "user:ada has 50 credits: 50 available. They come from 1 lot." in page
+    assert "[red]" in page
+    assert {c for c in page if not c.isprintable()} == {"\n"}
+    assert cli.run(["why", "ada", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert {c for c in text if not c.isprintable()} == {"\n"}
+    explained = json.loads(text)
+    assert explained["lots"]["listed"][0]["source_reference"] == reason
+    assert explained["summary"] == page.splitlines()[1]
+    assert explained["problems"] == []
+    past = answered(capsys, "why", "ada", "--at", explained["recent"][0]["recorded_at"])
+    assert past["lots"] == explained["lots"]
+    assert "past moment" in refused(capsys, "why", "ada", "--at", "2999-01-01T00:00:00Z")
+    assert "user:<id>" in refused(capsys, "why", "two words")
+
+    tamper = "UPDATE credits.accounts SET purchased = purchased + 1"
+    asyncio.run(_on(database_url, "execute", tamper))
+    assert cli.run(["why", "ada"]) == 1
+    assert "credits audit" in capsys.readouterr().out
+    problems = answered(capsys, "why", "ada", status=1)["problems"]
+    assert {problem["code"] for problem in problems} == {
+        "account_differs_from_journal",
+        "lots_are_not_the_balance",
+    }
 
 
 def test_dead_letters_are_looked_at_replayed_and_discarded(
@@ -226,6 +280,35 @@ def test_dead_letters_are_looked_at_replayed_and_discarded(
     assert late == {"discarded": [], "unmoved": unmoved, "left": 0}
     assert cli.run(["dead", "show", "999"]) == 1
     assert "999" in capsys.readouterr().err
+
+
+def test_books_are_audited(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Exit 0 where all invariants hold, 1 with the account and what it should be where one does not."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    answer = answered(capsys, "audit")
+    assert (answer["whole"], answer["findings"]) == (True, [])
+    assert all(one["holds"] for one in answer["invariants"])
+    ghost = "INSERT INTO credits.accounts (account_id, purchased) VALUES ('user:ghost', 7)"
+    asyncio.run(_on(database_url, "execute", ghost))
+    answer = answered(capsys, "audit", "--account", "user:ghost", status=1)
+    assert answer["whole"] is False
+    assert {one["invariant"] for one in answer["findings"]} == {
+        "totals_are_lots",
+        "totals_are_journal",
+    }
+    assert answer["findings"][0] == {
+        "invariant": "totals_are_lots",
+        "account_id": "user:ghost",
+        "subject": "account",
+        "id": "user:ghost",
+        "field": "purchased",
+        "stored": "7",
+        "expected": "0",
+    }
+    assert cli.run(["audit"]) == 1
+    assert "user:ghost: purchased is 7, must be 0" in capsys.readouterr().out
 
 
 def test_a_catalogue_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -267,7 +350,7 @@ def test_help_answers_at_once_and_loads_no_driver() -> None:
         timeout=30,
         check=True,
     )
-    for command in ("up", "worker", "gateway", "balance", "dead", "catalogue"):
+    for command in ("up", "worker", "gateway", "balance", "why", "dead", "catalogue"):
         assert command in told.stdout
     for heavy in ("asyncpg", "aiokafka", "pydantic", "stripe", "fastapi"):
         assert f" {heavy}\n" not in told.stderr

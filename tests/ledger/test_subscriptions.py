@@ -295,9 +295,6 @@ def test_a_period_that_is_over_brings_no_tier() -> None:
     assert tier(ledger) == "free"
 
 
-@pytest.mark.xfail(
-    reason="an invoice sets the tier to its own plan's, whatever Stripe's latest word on the subscriptions is"
-)
 @pytest.mark.parametrize(
     ("expected", "what", "events"),
     [
@@ -321,9 +318,6 @@ def test_an_invoice_does_not_outbid_the_latest_word(
     assert {tier(told(*order)) for order in orders(events)} == {expected}
 
 
-@pytest.mark.xfail(
-    reason="a plan that is not in the catalogue leaves the tier as it is, so what was there before decides"
-)
 def test_a_change_to_an_unknown_plan_ends_the_same_in_any_order() -> None:
     """Told in order or with the older event late, the account is of the same tier."""
     events = [told_of(rank=0), told_of(plan=None, at=START + SECOND)]

@@ -448,9 +448,6 @@ def test_an_invoice_that_only_takes_back_is_of_no_concern(
         assert built(alone, KNOWN, CATALOGUE) == Ignored("invoice.paid")
 
 
-@pytest.mark.xfail(
-    reason="a prorated line of a price that no plan has is passed over, though somebody paid for it"
-)
 @shapes
 def test_a_change_to_a_plan_that_nobody_knows_calls_a_person(
     invoice: Line, line: Line, prorated: Line

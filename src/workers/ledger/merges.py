@@ -48,14 +48,14 @@ def take_in(writer: Writer, link: Link, transaction: Transaction) -> bool:
         )
         writer.alerts.append(alert)
         return False
-    _merge(writer, source, target, transaction)
+    if source.version == 0:
+        _forward(writer, source, target)  # it never had anything: there is nothing to tell
+    else:
+        _merge(writer, source, target, transaction)
     return True
 
 
 def _merge(writer: Writer, source: Account, target: Account, transaction: Transaction) -> None:
-    if source.version == 0:
-        _forward(writer, source, target)  # it never had anything: there is nothing to tell
-        return
     leaving = [Move(lot, -lot.remaining, -lot.held) for lot in source.lots]
     debt = source.debt
     writer.write(source, "merge", leaving, transaction, debt=-debt)
@@ -79,7 +79,7 @@ def _forward(writer: Writer, source: Account, target: Account) -> None:
 def _hand_over(writer: Writer, source: Account, target: Account) -> None:
     """What else is the source's: holds, the day's counts, months to come, and what it was."""
     for generation in writer.state.generations.values():
-        if generation.account_id == source.account_id:
+        if generation.state == "held" and generation.account_id == source.account_id:
             generation.account_id, generation.changed = target.account_id, True
     for (account_id, day), usage in list(writer.state.usage.items()):
         if account_id == source.account_id and usage.generations:

@@ -11,7 +11,7 @@ from workers.ledger.commands import PeriodLine, StartPeriods
 from workers.ledger.grants import too_much
 from workers.ledger.model import Account, Allocation, Kind, Lot, Purchase, add_months
 from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
-from workers.ledger.subscriptions import has_ended
+from workers.ledger.subscriptions import follow_invoice
 from workers.ledger.writer import Move, Transaction, Writer
 
 
@@ -85,41 +85,57 @@ def period_key(catalogue: Catalogue, subscription_id: str, line: PeriodLine) -> 
 
 def _news(writer: Writer, action: StartPeriods) -> list[Period]:
     """What of this invoice is new, with what each of it grants: periods that begin, then changes of running ones."""
+    periods = _periods(writer.catalogue, action)
     bought = [
         purchase
         for purchase in writer.state.purchases.values()
-        if purchase.subscription_id == action.subscription_id and not purchase.month
+        if (purchase.subscription_id == action.subscription_id and not purchase.month)
+        or any(period.is_of(purchase) for period in periods)  # imported, without its subscription
     ]
-    periods = _periods(writer.catalogue, action)
     news: list[Period] = []
     begun = [period for period in periods if not period.prorated]
     for _, of_start in groupby(begun, key=lambda period: period.start):
         news += _beginnings(writer, action, list(of_start), bought)
     for period in periods:
-        if period.prorated and not any(period.is_of(purchase) for purchase in bought):
+        known = any(period.is_of(purchase) for purchase in bought)
+        if period.prorated and not known and not _was_handled(action, [period], bought):
             news += _change(period, bought, news)
-    return news
+    # A change of the period before comes before the renewal, which then finds its credits to roll over.
+    return sorted(news, key=lambda period: period.start)
+
+
+def _was_handled(action: StartPeriods, periods: list[Period], bought: list[Purchase]) -> bool:
+    """Whether this invoice has started these periods before. All of its lines were read at once, whatever the catalogue
+    makes of them today.
+    """
+    return any(
+        purchase.invoice_id == action.invoice_id and purchase.period_start == period.start
+        for purchase in bought
+        for period in periods
+    )
 
 
 def _beginnings(
     writer: Writer, action: StartPeriods, periods: list[Period], bought: list[Purchase]
 ) -> Iterator[Period]:
+    if _was_handled(action, periods, bought):
+        return
     before = [
         purchase
         for purchase in bought
-        if any(period.shares_its_time_with(purchase) for period in periods)
+        if any(
+            period.shares_its_time_with(purchase) or period.is_of(purchase) for period in periods
+        )
     ]
     granted = sum(purchase.credits for purchase in before)
     left = max(0, sum(period.worth for period in periods) - granted)
     for period in periods:
-        same = [purchase for purchase in before if period.is_of(purchase)]
-        if any(purchase.invoice_id == action.invoice_id for purchase in same):
-            continue
+        again = any(period.is_of(purchase) for purchase in before)
         period.credits = min(period.worth, left)
         left -= period.credits
-        if same and not period.credits:
+        if again and not period.credits:
             continue
-        if same:
+        if again:
             period.key = f"{period.key}+{granted}"
         yield period
     granted += sum(period.credits for period in periods)
@@ -127,15 +143,13 @@ def _beginnings(
 
 
 def _change(period: Period, bought: list[Purchase], news: list[Period]) -> Iterator[Period]:
-    """A change raises its period to the plan's credits, if that is higher than it ever was. One that comes before its
-    period is remembered.
+    """A change raises its period to the plan's credits, if that is higher than it ever was. It is remembered in any
+    case: it may come before its period, or lower the months to come.
     """
     others: list[Period | Purchase] = [*bought, *news]
     shared = [one for one in others if period.shares_its_time_with(one)]
     if any(not one.prorated for one in shared):
         period.credits = max(0, period.worth - sum(one.credits for one in shared))
-        if not period.credits:
-            return
     yield period
 
 
@@ -200,9 +214,9 @@ def _start(
         carried = _close_earlier_periods(
             writer, account, action.subscription_id, period, transaction
         )
-    alive = period.end > writer.now and not has_ended(writer.state, action.subscription_id)
-    if alive and account.tier != period.plan.tier:
-        account.tier, account.changed = period.plan.tier, True
+    if period.end > writer.now:
+        running = (period.start, period.end)
+        follow_invoice(writer, account, action.subscription_id, period.plan_name, running)
     kind: Kind = "session_earning" if period.monthly else "subscription_grant"
     expires_at = _expires_at(writer, action.subscription_id, period)
     lot = None
@@ -235,48 +249,109 @@ def _start(
         payment_id=period.payment_id,
         paid=period.paid,
     )
-    payments.net(writer, account, purchase, transaction)
+    payments.net(writer, purchase, transaction)
+    if period.prorated and _is_latest_change(writer, action.subscription_id, period):
+        _lower_months(account, action.subscription_id, period)
     if period.monthly and period.worth > 0 and (period.credits > 0 or not period.prorated):
-        _allocate(writer, account, action, period)
+        _allocate(writer, account, action.subscription_id, period)
 
 
-def _allocate(writer: Writer, account: Account, action: StartPeriods, period: Period) -> None:
-    """Plan the months to come; an invoice that granted more raises them."""
-    known = _allocation(writer, action.subscription_id, period)
-    if known is not None:
-        if period.credits > 0:
-            known.credits, known.plan, known.changed = period.worth, period.plan_name, True
-        return
+def _allocate(writer: Writer, account: Account, subscription_id: str, period: Period) -> None:
+    """Plan the months to come. A raise has months of its own, beside those that it raises: each follows its own money."""
+    raised = _months_of(writer, subscription_id, period)
+    later = [
+        purchase.period_start
+        for purchase in writer.state.purchases.values()
+        if purchase.subscription_id == subscription_id
+        and not purchase.month
+        and not purchase.prorated
+        and purchase.period_start is not None
+        and purchase.period_start > period.start
+    ]
     allocation = Allocation(
-        subscription_id=action.subscription_id,
-        period_start=period.start,
-        period_end=period.end,
+        allocation_key=period.key.removesuffix(":0"),
+        subscription_id=subscription_id,
+        anchor_at=raised.anchor_at if raised else period.start,
+        period_end=min([period.end, *later]),
         account_id=account.account_id,
         plan=period.plan_name,
-        credits=period.worth,
-        next_month=1,
+        credits=period.credits if raised else period.worth,
+        next_month=raised.next_month if raised else 1,
         next_at=None,
-        invoice_id=action.invoice_id,
-        payment_id=action.payment_id,
-        paid=action.paid,
+        invoice_id=period.invoice_id,
+        payment_id=period.payment_id,
+        paid=period.paid,
         fresh=True,
     )
-    writer.state.allocations[action.subscription_id, period.start] = allocation
+    writer.state.allocations[allocation.allocation_key] = allocation
     account.allocations.append(allocation)
     payments.follow_with_months(writer, allocation)
 
 
-def _allocation(writer: Writer, subscription_id: str, period: Period) -> Allocation | None:
-    """The months that a period adds to: its own, or those of the yearly period that it changes or was changed by."""
-    own = writer.state.allocations.get((subscription_id, period.start))
-    return own or next(
+def _is_latest_change(writer: Writer, subscription_id: str, period: Period) -> bool:
+    return not any(
+        purchase.prorated
+        and purchase.subscription_id == subscription_id
+        and purchase.period_end == period.end
+        and purchase.period_start is not None
+        and purchase.period_start > period.start
+        for purchase in writer.state.purchases.values()
+    )
+
+
+def _lower_months(account: Account, subscription_id: str, period: Period) -> None:
+    """What was granted stays; the months to come are those of the latest plan, or it would pay to be dear for an hour."""
+    running = [
+        one
+        for one in account.allocations
+        if one.subscription_id == subscription_id and one.period_end == period.end
+    ]
+    wanted = period.worth - period.credits if period.monthly else 0
+    excess = sum(one.credits for one in running) - wanted
+    for allocation in sorted(running, key=lambda one: (one.anchor_at, one.allocation_key))[::-1]:
+        cut = min(allocation.credits, max(0, excess))
+        excess -= cut
+        if cut == allocation.credits:
+            allocation.period_end, allocation.next_at = period.start, None
+        else:
+            allocation.credits -= cut
+        allocation.changed = allocation.changed or cut > 0
+    account.plan_months()
+
+
+def _months_of(writer: Writer, subscription_id: str, period: Period) -> Allocation | None:
+    """The months that a period adds to: those that an invoice before it has begun."""
+    return next(
         (
             one
             for one in writer.state.allocations.values()
-            if one.subscription_id == subscription_id and one.period_end == period.end
+            if one.subscription_id == subscription_id
+            and (one.anchor_at == period.start or one.period_end == period.end)
         ),
         None,
     )
+
+
+def _end_earlier_months(
+    writer: Writer, account: Account, subscription_id: str, period: Period
+) -> None:
+    """No month of an earlier period begins any more, and what was clawed of one comes back to a lot that is over."""
+    for allocation in account.allocations:
+        if allocation.subscription_id == subscription_id and allocation.anchor_at < period.start:
+            allocation.period_end = min(allocation.period_end, period.start)
+            if allocation.next_at is not None and allocation.next_at >= allocation.period_end:
+                allocation.next_at = None
+            allocation.changed = True
+    account.plan_months()
+    for lot in writer.state.lots.values():
+        # What was clawed from it may come back one day: then it must be over too.
+        if (
+            lot.subscription_id == subscription_id
+            and lot.clawed > 0
+            and lot.period_start is not None
+            and lot.period_start < period.start
+        ):
+            lot.expires_at, lot.changed = min(lot.expires_at or writer.now, writer.now), True
 
 
 def _close_earlier_periods(
@@ -287,6 +362,7 @@ def _close_earlier_periods(
     transaction: Transaction,
 ) -> list[Move]:
     """Expire what is left of this subscription's earlier periods; return the moves of what rolls over (R4)."""
+    _end_earlier_months(writer, account, subscription_id, period)
     earlier = [
         lot
         for lot in account.lots
@@ -319,9 +395,9 @@ def _close_earlier_periods(
 
 def _expires_at(writer: Writer, subscription_id: str, period: Period) -> datetime:
     if period.monthly:
-        known = _allocation(writer, subscription_id, period)
+        known = _months_of(writer, subscription_id, period)
         if known is not None:
-            return min(add_months(known.period_start, known.next_month), known.period_end)
+            return min(add_months(known.anchor_at, known.next_month), known.period_end)
         return min(add_months(period.start, 1), period.end)
     if period.plan.rollover == "none":
         return period.end

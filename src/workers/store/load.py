@@ -61,7 +61,7 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
         OwnersChanged: a business object turned out to touch an account or a payment that is not locked.
     """
     state = Snapshot()
-    money = await _lock_money(connection, reach.money)
+    money = await _lock_money(connection, reach)
     named = (
         reach.accounts,
         reach.generation_ids,
@@ -90,14 +90,17 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     return state, now
 
 
-async def _lock_money(connection: Connection, named: Collection[str]) -> list[str]:
+async def _lock_money(connection: Connection, reach: Reach) -> list[str]:
     """Lock all rows of the money that is named. What is linked to it while we wait shows when we look again."""
-    if not named:
+    if not reach.money and not reach.subscription_ids:
         return []
-    money = sorted(row[0] for row in await connection.fetch(SQL["find_money"], list(named)))
+    named = (list(reach.money), list(reach.subscription_ids))
+    money = sorted(row[0] for row in await connection.fetch(SQL["find_money"], *named))
+    if not money:
+        return []
     await connection.execute(SQL["create_payments"], money)
     await connection.fetch(SQL["lock_payments"], money)
-    if len(await connection.fetch(SQL["find_money"], list(named))) != len(money):
+    if len(await connection.fetch(SQL["find_money"], *named)) != len(money):
         raise OwnersChanged
     return money
 
@@ -242,7 +245,7 @@ async def _load_allocations(
         return
     for row in await connection.fetch(SQL["load_allocations"], *map(list, named)):
         allocation = Allocation(**row)
-        state.allocations[allocation.subscription_id, allocation.period_start] = allocation
+        state.allocations[allocation.allocation_key] = allocation
         if allocation.account_id in state.accounts:
             _heir(state, allocation.account_id).allocations.append(allocation)
 
@@ -265,10 +268,12 @@ async def _load_generations(
 ) -> None:
     if not locked and not reach.generation_ids:
         return
-    merging = {_heir(state, account_id).account_id for account_id in reach.merging}
-    for row in await connection.fetch(
-        SQL["load_generations"], list(reach.generation_ids), locked, now, list(merging)
-    ):
+    named = list(reach.generation_ids)
+    rows = await connection.fetch(SQL["load_generations"], named, locked, now)
+    if reach.merging:
+        merging = {_heir(state, account_id).account_id for account_id in reach.merging}
+        rows += await connection.fetch(SQL["load_holds"], named, list(merging), now)
+    for row in rows:
         fields = dict(row)
         allocation = orjson.loads(fields.pop("hold_allocation"))
         pinned = tuple(Pinned(UUID(lot_id), credits) for lot_id, credits in allocation)

@@ -5,18 +5,23 @@
 SELECT external_id, provider, owner FROM identities WHERE external_id = ANY($1::text[]);
 
 -- name: find_money
--- Ids of payments, charges and invoices that speak of the same money as these: through a payment's charge, and through
--- the invoice that several payments may have paid.
-WITH named AS (
-    SELECT unnest($1::text[]) AS id
-    UNION SELECT payment_id FROM payments WHERE charge_id = ANY($1::text[])
-    UNION SELECT charge_id FROM payments WHERE payment_id = ANY($1::text[]) AND charge_id IS NOT NULL
-    UNION SELECT invoice_id FROM payments WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
-    UNION SELECT invoice_id FROM purchases WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
+-- Ids of payments, charges and invoices that speak of the same money as these, however far they are linked; for the
+-- subscriptions that are named the money of changes of plan, which may still wait for their period.
+WITH RECURSIVE money (id) AS (
+    SELECT unnest($1::text[])
+    UNION
+    SELECT changed.id FROM purchases p CROSS JOIN LATERAL unnest(ARRAY[p.payment_id, p.invoice_id]) changed (id)
+    WHERE p.subscription_id = ANY($2::text[]) AND p.worth IS NOT NULL AND changed.id IS NOT NULL
+    UNION
+    SELECT linked.id FROM money CROSS JOIN LATERAL (
+        SELECT unnest(ARRAY[p.payment_id, p.charge_id, p.invoice_id]) FROM payments p WHERE p.payment_id = money.id
+        UNION ALL SELECT p.payment_id FROM payments p WHERE p.charge_id = money.id
+        UNION ALL SELECT p.payment_id FROM payments p WHERE p.invoice_id = money.id
+        UNION ALL SELECT p.invoice_id FROM purchases p WHERE p.payment_id = money.id
+        UNION ALL SELECT p.payment_id FROM purchases p WHERE p.invoice_id = money.id
+    ) linked (id) WHERE linked.id IS NOT NULL
 )
-SELECT id FROM named
-UNION SELECT p.payment_id FROM named JOIN payments p ON p.invoice_id = named.id
-UNION SELECT p.payment_id FROM named JOIN purchases p ON p.invoice_id = named.id WHERE p.payment_id IS NOT NULL;
+SELECT id FROM money;
 
 -- name: create_payments
 -- On first sight, in the order in which they will be locked.
@@ -47,11 +52,15 @@ WITH RECURSIVE parties AS (
           WHERE booking_id = ANY($3::text[]) AND practitioner_account IS NOT NULL
     UNION SELECT account_id FROM purchases WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM purchases WHERE invoice_id = ANY($4::text[])
+    UNION SELECT account_id FROM allocations WHERE payment_id = ANY($4::text[])
+    UNION SELECT account_id FROM allocations WHERE invoice_id = ANY($4::text[])
     UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
 ), heirs AS (
     SELECT account_id::text COLLATE "C" AS account_id FROM parties
-    UNION SELECT a.merged_into::text COLLATE "C" FROM heirs JOIN accounts a ON a.account_id = heirs.account_id
-          WHERE a.merged_into IS NOT NULL
+    -- One by one, by key: as a join the planner would rather read every account there is.
+    UNION SELECT n.heir FROM (
+        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
+        FROM heirs) n WHERE n.heir IS NOT NULL
 )
 SELECT account_id FROM heirs;
 
@@ -101,7 +110,7 @@ SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expi
 FROM lots WHERE lot_id = ANY($2::uuid[]) AND NOT (open AND account_id = ANY($1::text[]));
 
 -- name: load_generations
--- The generations that are named, and of locked accounts the holds that are past their deadline; of those that merge, all.
+-- The generations that are named, and the holds of locked accounts that are past their deadline.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations WHERE generation_id = ANY($1::text[])
@@ -109,12 +118,14 @@ UNION ALL
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[])
-UNION ALL
+WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+
+-- name: load_holds
+-- All open holds of accounts that merge.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($4::text[]) AND NOT generation_id = ANY($1::text[]);
+WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_bookings
 -- The bookings that are named.
@@ -133,8 +144,8 @@ WHERE purchase_key = ANY($1::text[]) OR payment_id = ANY($2::text[]) OR invoice_
 -- name: load_allocations
 -- Yearly periods: those of locked accounts with months to come, and those of the subscriptions and the money that are
 -- named, whether they go on or not.
-SELECT subscription_id, period_start, period_end, account_id, plan, credits, next_month, next_at, invoice_id, payment_id,
-       paid, returned
+SELECT allocation_key, subscription_id, anchor_at, period_end, account_id, plan, credits, next_month, next_at, invoice_id,
+       payment_id, paid, returned
 FROM allocations
 WHERE (account_id = ANY($1::text[]) AND next_at IS NOT NULL) OR subscription_id = ANY($2::text[])
    OR invoice_id = ANY($3::text[]) OR payment_id = ANY($3::text[]);
@@ -199,14 +210,13 @@ FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, cl
 WHERE p.purchase_key = n.purchase_key;
 
 -- name: update_allocations
--- Months granted, stopped or raised.
+-- Months granted, stopped, ended or moved.
 UPDATE allocations a
-SET account_id = n.account_id, plan = n.plan, credits = n.credits, next_month = n.next_month, next_at = n.next_at,
-    returned = n.returned
-FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::bigint[], $6::int[], $7::timestamptz[],
-            $8::bigint[])
-     AS n (subscription_id, period_start, account_id, plan, credits, next_month, next_at, returned)
-WHERE a.subscription_id = n.subscription_id AND a.period_start = n.period_start;
+SET account_id = n.account_id, period_end = n.period_end, credits = n.credits, next_month = n.next_month,
+    next_at = n.next_at, returned = n.returned
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::bigint[], $5::int[], $6::timestamptz[], $7::bigint[])
+     AS n (allocation_key, account_id, period_end, credits, next_month, next_at, returned)
+WHERE a.allocation_key = n.allocation_key;
 
 -- name: update_payments
 -- What was told of payments, whose rows this transaction has locked.
@@ -248,6 +258,11 @@ SET account_id = excluded.account_id, customer_id = excluded.customer_id, plan =
 -- What a merged account bought is its heir's.
 UPDATE purchases p SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
 WHERE p.account_id = n.source;
+
+-- name: merge_allocations
+-- So are months that may begin again.
+UPDATE allocations a SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE a.account_id = n.source;
 
 -- name: merge_subscriptions
 -- So are its subscriptions.

@@ -25,7 +25,7 @@ COMMAND_COLUMNS = (
 )  # fmt: skip
 LOT_COLUMNS = (
     "lot_id", "account_id", "pool", "granted", "remaining", "held", "expired", "clawed", "open", "expires_at",
-    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at",
+    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at", "position",
 )  # fmt: skip
 GENERATION_COLUMNS = (
     "generation_id", "account_id", "member_id", "state", "kind", "model", "units", "held", "hold_allocation",
@@ -41,8 +41,8 @@ PURCHASE_COLUMNS = (
     "recorded_at",
 )  # fmt: skip
 ALLOCATION_COLUMNS = (
-    "subscription_id", "period_start", "period_end", "account_id", "plan", "credits", "next_month", "next_at",
-    "invoice_id", "payment_id", "paid", "returned",
+    "allocation_key", "subscription_id", "anchor_at", "period_end", "account_id", "plan", "credits", "next_month",
+    "next_at", "invoice_id", "payment_id", "paid", "returned",
 )  # fmt: skip
 OUTBOX_COLUMNS = (
     "id",
@@ -246,6 +246,7 @@ def _lot_row(lot: Lot) -> tuple[Any, ...]:
         lot.period_start,
         lot.granted_version,
         lot.granted_at,
+        lot.position,
     )
 
 
@@ -354,7 +355,10 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
 
 def _parts(purchase: Purchase) -> str:
     return orjson.dumps(
-        [[part.source, part.credits, part.lot_id] for part in purchase.parts]
+        [
+            [part.source, part.credits, str(part.lot_id) if part.lot_id else None]
+            for part in purchase.parts
+        ]
     ).decode()
 
 
@@ -368,10 +372,9 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
     await _copy(connection, "allocations", ALLOCATION_COLUMNS, fresh)
     old = [
         (
-            allocation.subscription_id,
-            allocation.period_start,
+            allocation.allocation_key,
             allocation.account_id,
-            allocation.plan,
+            allocation.period_end,
             allocation.credits,
             allocation.next_month,
             allocation.next_at,
@@ -452,6 +455,7 @@ async def _forward_merged(connection: Connection, execution: Execution) -> None:
             heir = execution.merged[heir]
         heirs.append(heir)
     await connection.execute(SQL["merge_purchases"], sources, heirs)
+    await connection.execute(SQL["merge_allocations"], sources, heirs)
     await connection.execute(SQL["merge_subscriptions"], sources, heirs)
     await connection.execute(SQL["merge_identities"], sources, heirs)
     await connection.execute(SQL["forward_merged"], sources, heirs, execution.now)

@@ -1,0 +1,539 @@
+"""Stripe's events in every order (R7, R8, R13): what they say of one purchase and its money adds up to one state.
+
+What must come out is worked out here from what the events say, never from what the ledger made of them.
+"""
+
+import itertools
+import os
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import asyncpg
+import pytest
+from tests.sources import kit as objects
+
+from workers.batch import Ledger
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.operations.audit import audit
+from workers.store.set_aside import Work
+
+from .journal import problems
+from .kit import (
+    RECEIVED_AT,
+    book,
+    cancel,
+    chunks,
+    complete,
+    fail,
+    ledger_over,
+    link,
+    outcomes,
+    request,
+    stripe,
+)
+
+Shape = Literal["before", "after"]
+SHAPES: tuple[Shape, Shape] = ("before", "after")
+CATALOGUE = parse_catalogue(
+    DEFAULT_CATALOGUE
+    + """
+[plans.plus_monthly]
+tier = "pro_plus"
+stripe_prices = ["price_plus_monthly"]
+credits = 2000
+"""
+)
+START = int((RECEIVED_AT - timedelta(days=3)).timestamp())
+CHANGED = int((RECEIVED_AT - timedelta(days=1)).timestamp())
+END = int((RECEIVED_AT + timedelta(days=36_500)).timestamp())
+# Set it to see a failure again; every failure names it.
+SEED = os.environ.get("CREDITS_TEST_SEED")
+# More than any batch of these tests parks.
+ALL = 10_000
+
+_copies = itertools.count(10_000_000)
+
+
+@pytest.fixture
+def seed() -> int:
+    """What a random test starts from; printed, and a part of what a failure says."""
+    chosen = int(SEED) if SEED else secrets.randbelow(2**32)
+    print(f"CREDITS_TEST_SEED={chosen}")  # noqa: T201 - pytest shows it when the test fails
+    return chosen
+
+
+def again(work: Work) -> Work:
+    """The same event, sent by Stripe once more: another record with the same event id."""
+    return Work(replace(work.record, offset=next(_copies)))
+
+
+async def quieten(ledger: Ledger) -> list[dict[str, int]]:
+    """Apply what is parked until nothing more can be."""
+    found = []
+    while (report := await ledger.apply_parked(ALL)) is not None:
+        found.append(outcomes(report))
+    return found
+
+
+# -- one subscription, four events, twenty-four orders ------------------------------------------------------------
+
+# Who says whose the customer is; everybody else has the customer's id alone.
+TELLERS = ("client_reference_id", "session", "subscription", "invoice", "everybody")
+
+
+def four(name: str, shape: Shape, teller: str) -> list[Work]:
+    """What Stripe sends when somebody subscribes, of Stripe's own example objects, about ids of this name."""
+    user, customer, subscription = f"u-{name}", f"cus_{name}", f"sub_{name}"
+
+    def metadata(layer: str) -> dict[str, str]:
+        return {"user_id": user} if teller in {layer, "everybody"} else {}
+
+    checkout = objects.session(
+        id=f"cs_{name}",
+        mode="subscription",
+        customer=customer,
+        subscription=subscription,
+        payment_intent=None,
+        client_reference_id=user if teller in {"client_reference_id", "everybody"} else None,
+        metadata=metadata("session"),
+    )
+    new = shape == "after"
+    line = (objects.new_line if new else objects.old_line)(period={"start": START, "end": END})
+    invoice = (objects.new_invoice if new else objects.old_invoice)(
+        line, id=f"in_{name}", customer=customer, metadata=metadata("invoice")
+    )
+    details = invoice["parent"]["subscription_details"] if new else invoice
+    details["subscription"] = subscription
+    item = {"price": {"id": "price_pro_monthly"}, "quantity": 1}
+    created = {
+        **objects.example("subscription"),
+        "id": subscription,
+        "customer": customer,
+        "status": "active",
+        "metadata": metadata("subscription"),
+        "items": {"object": "list", "data": [item]},
+    }
+    return [
+        stripe("checkout.session.completed", checkout),
+        stripe("invoice.paid", invoice),
+        stripe("invoice.payment_succeeded", invoice),
+        stripe("customer.subscription.created", created),
+    ]
+
+
+def in_every_order(shape: Shape, teller: str) -> dict[str, list[Work]]:
+    """For each of the twenty-four orders a customer, and the four events, each of them twice, in that order.
+
+    The second ones come right after the first in every second order, otherwise when all have come once.
+    """
+    found = {}
+    for number, order in enumerate(itertools.permutations(range(4))):
+        name = f"{shape}-{teller}-{number}"
+        events = [four(name, shape, teller)[index] for index in order]
+        twice = [again(event) for event in events]
+        pairs = zip(events, twice, strict=True)
+        found[f"user:u-{name}"] = list(itertools.chain(*pairs)) if number % 2 else events + twice
+    return found
+
+
+async def assert_one_grant(owner: asyncpg.Connection, accounts: Iterable[str]) -> None:
+    """Eight hundred credits once, tier pro, one purchase; nothing waits and nothing is dead."""
+    rows = await owner.fetch("SELECT account_id, subscription, purchased, debt, tier FROM accounts")
+    assert {row[0]: tuple(row)[1:] for row in rows} == dict.fromkeys(accounts, (800, 0, 0, "pro"))
+    rows = await owner.fetch("SELECT account_id, kind, subscription_delta, version FROM entries")
+    assert {tuple(row) for row in rows} == {(a, "subscription_grant", 800, 1) for a in accounts}
+    assert len(rows) == len(list(accounts))
+    assert await owner.fetchval("SELECT count(*) FROM purchases") == len(rows)
+    assert await owner.fetchval("SELECT count(*) FROM outbox WHERE type = 'credit.changed'") == len(
+        rows
+    )
+    assert await owner.fetchval("SELECT count(*) FROM outbox WHERE type = 'credit.alert'") == 0
+    assert await owner.fetchval("SELECT count(*) FROM parked") == 0
+    assert await owner.fetchval("SELECT count(*) FROM dead_letters") == 0
+    assert await problems(owner) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_subscription_is_granted_once_in_every_order_one_event_at_a_time(
+    shape: Shape, pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """Scenario 2: all 24 orders, each event twice, each in a batch of its own."""
+    ledger = ledger_over(pool, catalogue=CATALOGUE)
+    orders = in_every_order(shape, "client_reference_id")
+    for works in orders.values():
+        for work in works:
+            await ledger.apply([work])
+            await quieten(ledger)
+    await assert_one_grant(owner, orders)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["step by step", "all at once"])
+async def test_a_subscription_is_granted_once_in_every_order_whoever_says_whose_it_is(
+    together: bool, pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """Scenario 2: old and new shapes, whichever event names the user; what comes before it waits for it.
+
+    Each customer's eight events are in eight batches or in one, which they share with the same of all other orders.
+    """
+    ledger = ledger_over(pool, catalogue=CATALOGUE)
+    orders: dict[str, list[Work]] = {}
+    for shape, teller in itertools.product(SHAPES, TELLERS):
+        orders |= in_every_order(shape, teller)
+    everybody = list(orders.values())
+    if together:
+        batches = [list(itertools.chain(*some)) for some in chunks(everybody, 24)]
+    else:
+        batches = [[works[step] for works in everybody] for step in range(8)]
+    ended = [outcomes(await ledger.apply(batch)) for batch in batches]
+    assert sum(one.get("parked", 0) for one in ended) > 0
+    ended += await quieten(ledger)
+    assert set().union(*ended) <= {"applied", "duplicate", "ignored", "parked"}
+    await assert_one_grant(owner, orders)
+
+
+# -- five hundred stories, each in an order of its own -------------------------------------------------------------
+
+# What each thing bought costs, tax included, and the credits that it brings; the upgrade brings what its plan has more.
+PRICES = {"period": (2900, 800), "upgrade": (4100, 1200), "pack": (990, 100)}
+Gone = dict[str, int]
+
+
+@dataclass(slots=True)
+class Story:
+    """Everything that Stripe tells of one customer, in the order in which it happened, and what should come of it.
+
+    `refunds` (amount, status), `disputes` (steps) and `totals` by payment are what the ledger should know in the end;
+    `returned` is what went back of each thing bought.
+    """
+
+    name: str
+    chance: random.Random
+    shape: Shape = "after"
+    works: list[Work] = field(default_factory=list)
+    refunds: dict[str, tuple[int, str]] = field(default_factory=dict)
+    disputes: dict[str, set[str]] = field(default_factory=dict)
+    totals: dict[str, int] = field(default_factory=dict)
+    returned: Gone = field(default_factory=lambda: dict.fromkeys(PRICES, 0))
+
+    @property
+    def account(self) -> str:
+        """Whose credits they are."""
+        return f"user:u-{self.name}"
+
+    def target(self, thing: str) -> int:
+        """R7: the share of its credits that went back with its money, rounded down."""
+        paid, credits = PRICES[thing]
+        return credits * min(paid, self.returned[thing]) // paid
+
+    def tell(self, type_: str, **object_: Any) -> None:
+        """One event more."""
+        self.works.append(stripe(type_, object_))
+
+    # -- what is bought --------------------------------------------------------------------------------------
+
+    def subscribe(self) -> None:
+        """The four events, and whom they are about from one of them at least."""
+        told = self.chance.choice(["reference", "metadata", "subscription"])
+        user = {"user_id": f"u-{self.name}"}
+        self.tell(
+            "checkout.session.completed",
+            id=f"cs_{self.name}",
+            mode="subscription",
+            customer=f"cus_{self.name}",
+            client_reference_id=f"u-{self.name}" if told == "reference" else None,
+            metadata=user if told == "metadata" else {},
+        )
+        item = {"price": {"id": "price_pro_monthly"}, "quantity": 1}
+        self.tell(
+            "customer.subscription.created",
+            id=f"sub_{self.name}",
+            customer=f"cus_{self.name}",
+            status="active",
+            metadata=user if told == "subscription" else {},
+            items={"data": [item]},
+        )
+        self.pay("period", "invoice.paid", "invoice.payment_succeeded")
+
+    def pay(self, thing: str, *types: str) -> None:
+        """An invoice for the period, or for a better plan in the middle of it, and the payment that paid it."""
+        period, sub = {"start": START, "end": END}, f"sub_{self.name}"
+        if thing == "period":
+            lines = [self.line("price_pro_monthly", 2500, period, proration=False)]
+        else:
+            period["start"] = CHANGED
+            lines = [
+                self.line("price_pro_monthly", -2400, period, proration=True),
+                self.line("price_plus_monthly", 6000, period, proration=True),
+            ]
+        invoice: dict[str, Any] = {
+            "id": f"in_{thing}_{self.name}",
+            "customer": f"cus_{self.name}",
+            "amount_paid": PRICES[thing][0],
+            "lines": {"data": lines, "has_more": False},
+        }
+        if self.shape == "before":
+            invoice |= {"subscription": sub, "payment_intent": f"pi_{thing}_{self.name}"}
+        else:
+            invoice["parent"] = {"subscription_details": {"subscription": sub}}
+        for type_ in types:
+            self.tell(type_, **invoice)
+        # Such a payment is named by its intent or, in older ways of paying, by its charge alone.
+        names = [("payment_intent", "pi"), ("charge", "ch")]
+        name, prefix = names[0] if self.shape == "before" else self.chance.choice(names)
+        payment = {name: f"{prefix}_{thing}_{self.name}"}
+        self.tell("invoice_payment.paid", id="inpay_1", invoice=invoice["id"], payment=payment)
+
+    def line(
+        self, price: str, amount: int, period: dict[str, int], *, proration: bool
+    ) -> dict[str, Any]:
+        """An invoice's line, where the story's API version keeps each part of it."""
+        common = {"amount": amount, "quantity": 1, "period": dict(period)}
+        sub = {"subscription": f"sub_{self.name}", "proration": proration}
+        if self.shape == "before":
+            return {**common, **sub, "price": {"id": price}}
+        parent = {"subscription_item_details": sub}
+        return {**common, "pricing": {"price_details": {"price": price}}, "parent": parent}
+
+    def buy_pack(self) -> None:
+        """A pack of the same customer, or of the same user as a guest."""
+        guest = self.chance.random() < 0.3
+        self.tell(
+            "checkout.session.completed",
+            id=f"cs_pack_{self.name}",
+            mode="payment",
+            payment_status="paid",
+            customer=None if guest else f"cus_{self.name}",
+            client_reference_id=f"u-{self.name}" if guest else None,
+            amount_total=PRICES["pack"][0],
+            payment_intent=f"pi_pack_{self.name}",
+            metadata={"pack": "small"},
+        )
+
+    # -- what goes back ----------------------------------------------------------------------------------------
+
+    def names(self, thing: str) -> dict[str, str]:
+        """Both names of a payment, as Stripe's objects have them."""
+        return {
+            "payment_intent": f"pi_{thing}_{self.name}",
+            "charge": f"ch_{thing}_{self.name}",
+        }
+
+    def refund(self, thing: str, number: int, end: str) -> None:
+        """A refund that is pending first and ends as succeeded, failed or canceled, or stays pending."""
+        amount = self.chance.randint(1, PRICES[thing][0])
+        id_ = f"re_{thing}_{number}_{self.name}"
+        about = {"id": id_, "amount": amount, **self.names(thing)}
+        self.tell("refund.created", **about, status="pending")
+        if end in {"succeeded", "canceled"}:
+            updated = self.chance.choice(["refund.updated", "charge.refund.updated"])
+            self.tell(updated, **about, status=end)
+        elif end == "failed":
+            self.tell("refund.failed", **about, status="failed")
+        failed = end in {"failed", "canceled"}
+        self.refunds[id_] = (amount, "failed" if failed else end)
+        self.returned[thing] += 0 if failed else amount
+
+    def refund_charge(self, thing: str) -> None:
+        """What older API versions say: the sum, twice growing. It counts while no refund is known by its id."""
+        names = self.names(thing)
+        sums = sorted(self.chance.sample(range(1, PRICES[thing][0] + 1), 2))
+        for refunded in sums:
+            self.tell(
+                "charge.refunded",
+                id=names["charge"],
+                payment_intent=names["payment_intent"],
+                amount_refunded=refunded,
+            )
+        self.totals[thing] = sums[-1]
+        if not any(id_.startswith(f"re_{thing}_") for id_ in self.refunds):
+            self.returned[thing] += sums[-1]
+
+    def dispute(self, thing: str, end: str) -> None:
+        """A dispute whose money is withdrawn, and that is lost, won or still open; or no more than an inquiry."""
+        amount = self.chance.randint(1, PRICES[thing][0])
+        id_ = f"dp_{thing}_{self.name}"
+        about = {"id": id_, "amount": amount, **self.names(thing)}
+        opened = "warning_needs_response" if end == "inquiry" else "needs_response"
+        self.tell("charge.dispute.created", **about, status=opened)
+        steps = {"inquiry" if end == "inquiry" else "opened"}
+        if end == "inquiry":
+            self.tell("charge.dispute.closed", **about, status="warning_closed")
+        else:
+            self.tell("charge.dispute.funds_withdrawn", **about, status="under_review")
+            steps.add("withdrawn")
+        if end in {"won", "lost"}:
+            self.tell("charge.dispute.closed", **about, status=end)
+            steps.add(end)
+        if end == "won":
+            self.tell("charge.dispute.funds_reinstated", **about, status="won")
+            steps.add("reinstated")
+        self.disputes[id_] = steps
+        self.returned[thing] += 0 if end in {"won", "inquiry"} else amount
+
+
+def told(name: str, chance: random.Random) -> Story:
+    """A customer who subscribes, upgrades and buys a pack, and to whom some of the money goes back."""
+    story = Story(name, chance, chance.choice(SHAPES))
+    story.subscribe()
+    story.pay("upgrade", "invoice.paid")
+    story.buy_pack()
+    if chance.random() < 0.5:
+        story.works.append(link(f"u-{name}", "stripe", f"cus_{name}"))
+    ends = ["succeeded", "failed", "canceled", "pending"]
+    for thing in PRICES:
+        if chance.random() < 0.7:
+            story.refund(thing, 1, chance.choice(ends))
+            story.refund(thing, 2, chance.choice(ends))
+        if chance.random() < 0.5:
+            story.refund_charge(thing)
+    disputed = chance.choice(list(PRICES))
+    story.dispute(disputed, chance.choice(["lost", "won", "open", "inquiry"]))
+    return story
+
+
+async def tell(ledger: Ledger, stories: Sequence[Story], chance: random.Random) -> None:
+    """Apply the stories' events and copies of some of them, all in random order, in batches of random size.
+
+    A dozen customers share their batches: they have nothing else in common.
+    """
+    for some in chunks(stories, 12):
+        works = [work for story in some for work in story.works]
+        works += [
+            again(work) if "stripe" in work.record.topic else work
+            for work in chance.sample(works, len(works) // 4)
+        ]
+        chance.shuffle(works)
+        while works:
+            size = chance.choice([1, 5, 50, 400])
+            batch, works = works[:size], works[size:]
+            await ledger.apply(batch)
+            if chance.random() < 0.3:
+                await quieten(ledger)
+        await quieten(ledger)
+
+
+async def assert_sound(pool: asyncpg.Pool, owner: asyncpg.Connection, seed: int) -> None:
+    """Nothing waits, nothing is dead, and neither auditor finds anything."""
+    assert await owner.fetchval("SELECT count(*) FROM parked") == 0, seed
+    assert await owner.fetchval("SELECT count(*) FROM dead_letters") == 0, seed
+    assert await problems(owner) == [], seed
+    found = [finding for verdict in (await audit(pool)).verdicts for finding in verdict.findings]
+    assert found == [], seed
+
+
+async def what_is_known_of_money(owner: asyncpg.Connection, story: Story) -> tuple[Any, ...]:
+    """Refunds, disputes and the charges' totals of one story, as they are stored."""
+    like = f"%\\_{story.name}"
+    refunds = await owner.fetch(
+        "SELECT refund_id, amount, status FROM refunds WHERE refund_id LIKE $1", like
+    )
+    disputes = await owner.fetch(
+        "SELECT dispute_id, steps FROM disputes WHERE dispute_id LIKE $1", like
+    )
+    totals = await owner.fetch(
+        "SELECT payment_id, refunded FROM payments WHERE refunded > 0 AND payment_id LIKE $1", like
+    )
+    return (
+        {row[0]: (row[1], row[2]) for row in refunds},
+        {row[0]: set(row[1]) for row in disputes},
+        {row[0].split("_")[1]: row[1] for row in totals},
+    )
+
+
+async def clawed(owner: asyncpg.Connection) -> dict[tuple[str, str], tuple[int, int]]:
+    """For each account and thing bought: its credits, and what was clawed of them."""
+    rows = await owner.fetch(
+        """
+        SELECT account_id, coalesce(split_part(invoice_id, '_', 2), 'pack') AS thing, sum(credits), sum(clawed),
+               sum((SELECT coalesce(sum((part->>1)::bigint), 0) FROM jsonb_array_elements(clawed_parts) AS part))
+        FROM purchases GROUP BY 1, 2
+        """
+    )
+    assert all(row[3] == row[4] for row in rows), "the parts of what was clawed are not its sum"
+    return {(row[0], row[1]): (int(row[2]), int(row[3])) for row in rows}
+
+
+async def test_money_that_comes_and_goes_in_any_order_leaves_the_same_state(
+    pool: asyncpg.Pool, owner: asyncpg.Connection, seed: int
+) -> None:
+    """R7: five hundred random orders; balances, debt, clawback and what is known of each payment are those of the sums."""
+    chance = random.Random(seed)
+    ledger = ledger_over(pool, catalogue=CATALOGUE)
+    stories = [told(f"{number}", chance) for number in range(500)]
+
+    await tell(ledger, stories, chance)
+
+    await assert_sound(pool, owner, seed)
+    rows = await owner.fetch(
+        "SELECT account_id, subscription, purchased, held, debt, tier FROM accounts"
+    )
+    known = {row[0]: tuple(row)[1:] for row in rows}
+    taken = await clawed(owner)
+    for story in stories:
+        targets = {thing: story.target(thing) for thing in PRICES}
+        where = (seed, story)
+        for thing, (_, credits) in PRICES.items():
+            assert taken[story.account, thing] == (credits, targets[thing]), where
+        subscription = 2000 - targets["period"] - targets["upgrade"]
+        expected = (subscription, 100 - targets["pack"], 0, 0)
+        assert known[story.account][:4] == expected, where
+        assert await what_is_known_of_money(owner, story) == (
+            story.refunds,
+            story.disputes,
+            story.totals,
+        ), where
+
+
+def spend(story: Story, chance: random.Random) -> None:
+    """Holds that end or do not, direct debits, bookings and their cancellations, somewhere among the rest."""
+    user = f"u-{story.name}"
+    for number in range(chance.randint(2, 6)):
+        generation, units = f"g-{story.name}-{number}", chance.choice([1, 10, 40, 150])
+        requested = request(generation, user, units=units)
+        ended = chance.choice(
+            [[complete(generation, user, kind="image", units=units)], [fail(generation, user)], []]
+        )
+        story.works += [requested, *ended]
+    for number in range(chance.randint(1, 3)):
+        booking = f"b-{story.name}-{number}"
+        story.works.append(book(booking, user, f"p-{story.name}", chance.choice([5, 90, 700])))
+        if chance.random() < 0.3:
+            story.works.append(cancel(booking, client_id=user))
+
+
+async def test_what_was_spent_in_between_is_owed_and_never_clawed_less(
+    pool: asyncpg.Pool, owner: asyncpg.Connection, seed: int
+) -> None:
+    """R7: with credits spent and held in between, all invariants hold, what was clawed is its target, and what an account
+    has less what it owes is what it was granted less what it spent and what was clawed.
+    """
+    chance = random.Random(seed)
+    ledger = ledger_over(pool, catalogue=CATALOGUE)
+    stories = [told(f"{number}", chance) for number in range(150)]
+    for story in stories:
+        spend(story, chance)
+
+    await tell(ledger, stories, chance)
+
+    await assert_sound(pool, owner, seed)
+    rows = await owner.fetch(
+        "SELECT account_id, subscription + purchased - debt, held, debt FROM accounts"
+    )
+    worth = {row[0]: row[1] for row in rows}
+    assert any(row["debt"] for row in rows), seed
+    assert any(row["held"] for row in rows), seed
+    generations = "SELECT account_id, sum(taken - given_back) FROM generations WHERE account_id IS NOT NULL GROUP BY 1"
+    bookings = "SELECT client_account, sum(credits - given_back) FROM bookings WHERE client_account IS NOT NULL GROUP BY 1"
+    spent = [dict(await owner.fetch(query)) for query in (generations, bookings)]
+    taken = await clawed(owner)
+    for story in stories:
+        targets = {thing: story.target(thing) for thing in PRICES}
+        where = (seed, story)
+        for thing, (_, credits) in PRICES.items():
+            assert taken[story.account, thing] == (credits, targets[thing]), where
+        gone = sum(targets.values()) + sum(one.get(story.account, 0) for one in spent)
+        assert worth[story.account] == 2100 - gone, where
