@@ -163,6 +163,15 @@ def test_a_change_raises_its_period_to_the_new_plan(
     assert ledger.kinds(ANN) == ["subscription_grant"] * (1 if credits == 800 else 2)
 
 
+def test_a_lesser_change_is_no_news() -> None:
+    """It is not remembered, and takes no tier: the subscription's own events tell that."""
+    ledger = after(invoice(line("plus", NOV, DEC), id="in_1"))
+    known = list(ledger.purchases)
+
+    assert ledger.do(replace(raised("pro_monthly"), payment_id=None)) == "duplicate"
+    assert (list(ledger.purchases), ledger.accounts[ANN].tier) == (known, "pro_plus")
+
+
 def test_a_change_grants_a_lot_of_the_same_period() -> None:
     """Its credits end with the period that it changes, and its purchase names the invoice of the change."""
     ledger = after(FIRST, raised())
@@ -417,6 +426,13 @@ def test_each_period_is_raised_by_its_own_changes() -> None:
     assert ledger.money(ANN) == Money(subscription=2000)
 
 
+def test_a_line_that_is_not_prorated_begins_a_period_of_its_own() -> None:
+    """Though it ends with an earlier one: a new billing cycle grants all of its plan, and ends what was before."""
+    ledger = after(FIRST, invoice(line("plus", MID, DEC), id="in_2"))
+
+    assert ledger.remaining(ANN) == [("subscription", 2000)]
+
+
 def test_each_subscription_is_raised_by_its_own_changes() -> None:
     """A period of another subscription with the same times is another."""
     ledger = after(FIRST, raised(subscription="sub_2"))
@@ -545,6 +561,19 @@ def test_seats_of_a_year_raise_every_month() -> None:
     ledger = after(YEARLY, raised("pro_yearly", until=YEAR, quantity=3))
 
     assert months(ledger, LATE, DEC, JAN) == [2400, 2400, 2400]
+
+
+def test_each_years_months_are_raised_by_its_own_changes() -> None:
+    """Two subscriptions of one person may have the same times."""
+    other = replace(YEARLY, subscription_id="sub_2", invoice_id="in_9", payment_id="pi_9")
+    for years in ([YEARLY, other], [other, YEARLY]):
+        ledger = after(*years, raised("plus_yearly", until=YEAR))
+
+        assert months(ledger, LATE, DEC) == [2800, 2800]
+        assert {key[0]: row.credits for key, row in ledger.allocations.items()} == {
+            "sub_1": 2000,
+            "sub_2": 800,
+        }
 
 
 def test_a_lesser_change_of_a_year_takes_nothing_from_the_month_that_runs() -> None:

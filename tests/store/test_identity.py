@@ -277,6 +277,21 @@ async def test_an_id_that_has_signed_up_is_not_linked(
     assert (await identities(owner))["auth0", "auth0|1"] == "user:ann"
 
 
+async def test_a_link_that_contradicts_a_known_one_moves_nothing(
+    ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """A known mapping stays: whoever else claims the id gets none of what is under it."""
+    await ledger.apply([grant("auth0|1", 5)])
+    await owner.execute(
+        "INSERT INTO identities VALUES ('auth0|1', 'auth0', 'user:ann', 'an import', clock_timestamp())"
+    )
+    await apply(ledger, [linked("bob", "auth0|1"), signed_up("bob", "auth0|1")], together=False)
+
+    assert await users(owner) == {"auth0|1": 5, "bob": 0}
+    assert await identities(owner) == {("auth0", "auth0|1"): "user:ann"}
+    assert [one["account_id"] for one in await disagreements(owner)] == ["user:ann"] * 2
+
+
 @pytest.mark.parametrize(
     "tell",
     [
