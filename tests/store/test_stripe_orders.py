@@ -4,6 +4,7 @@ What must come out is worked out here from what the events say, never from what 
 """
 
 import itertools
+import json
 import os
 import random
 import secrets
@@ -19,6 +20,7 @@ from tests.sources import kit as objects
 from workers.batch import Ledger
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
 from workers.operations.audit import audit
+from workers.operations.dead_letters import list_dead, replay
 from workers.store.set_aside import Work
 
 from .journal import problems
@@ -29,9 +31,12 @@ from .kit import (
     chunks,
     complete,
     fail,
+    kinds,
     ledger_over,
     link,
+    money,
     outcomes,
+    register,
     request,
     stripe,
 )
@@ -545,3 +550,63 @@ async def test_what_was_spent_in_between_is_owed_and_never_clawed_less(
             assert taken[story.account, thing] == (credits, targets[thing]), where
         gone = sum(targets.values()) + sum(one.get(story.account, 0) for one in spent)
         assert worth[story.account] == 2100 - gone, where
+
+
+# -- a customer whom nobody knows ---------------------------------------------------------------------------------
+
+
+async def test_an_invoice_of_a_customer_whom_nobody_knows_is_granted_once_much_later(
+    ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """Scenario 12: parked; a hundred events of others change nothing of that; `user.created` brings the credits, once."""
+    paid = four("late", "after", "nobody")[1]
+    assert outcomes(await ledger.apply([paid])) == {"parked": 1}
+    await owner.execute("UPDATE parked SET next_attempt_at = now() + interval '1 hour'")
+    others = [
+        register(f"u-{number}", external_ids={"stripe": f"cus_{number}"}) for number in range(100)
+    ]
+    for some in chunks(others, 10):
+        await ledger.apply(some)
+        assert await quieten(ledger) == []
+    assert await owner.fetchval("SELECT count(*) FROM entries") == 0
+
+    await ledger.apply([register("u-late", external_ids={"stripe": "cus_late"})])
+    assert await quieten(ledger) == [{"applied": 1}]
+
+    assert outcomes(await ledger.apply([paid, again(paid)])) == {"duplicate": 2}
+    assert await money(owner, "u-late") == (800, 0, 0, 0)
+    assert await kinds(owner, "u-late") == ["subscription_grant"]
+    assert await owner.fetchval("SELECT count(*) FROM parked") == 0
+    assert await problems(owner) == []
+
+
+async def test_an_invoice_that_nobody_claims_is_given_up_and_granted_once_by_a_replay(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """Scenario 12: after the deadline a dead letter with an alert; a replay after the link grants once, and a second one has
+    nothing to send in again.
+    """
+    paid, succeeded = four("never", "before", "nobody")[1:3]
+    assert outcomes(await ledger.apply([paid])) == {"parked": 1}
+    await owner.execute(
+        "UPDATE parked SET next_attempt_at = now() - interval '1 s', deadline_at = now() - interval '1 s'"
+    )
+    assert await quieten(ledger) == [{"dead": 1}]
+    (letter,) = (await list_dead(pool)).letters
+    assert (letter.reason, letter.type) == ("unresolved", "invoice.paid")
+    alerts = "SELECT payload FROM outbox WHERE type = 'credit.alert'"
+    (raised,) = [json.loads(row[0]) for row in await owner.fetch(alerts)]
+    assert raised["code"] == "manual_fix_required"
+    assert raised["details"]["dead_letter_id"] == letter.dead_letter_id
+
+    await ledger.apply([link("u-never", "stripe", "cus_never")])
+    assert await quieten(ledger) == []  # a dead letter comes back by an operator's hand alone
+    moved = await replay(pool, ids=[letter.dead_letter_id])
+    assert list(moved.moved) == [letter.dead_letter_id]
+    assert await quieten(ledger) == [{"applied": 1}]
+
+    assert (await replay(pool)).moved == []
+    assert outcomes(await ledger.apply([paid, again(paid), succeeded])) == {"duplicate": 3}
+    assert await money(owner, "u-never") == (800, 0, 0, 0)
+    assert await kinds(owner, "u-never") == ["subscription_grant"]
+    assert await problems(owner) == []
