@@ -27,12 +27,22 @@ from workers.ledger.commands import (
     Command,
     CommandKey,
     CompleteGeneration,
+    DisputePayment,
+    DisputeStep,
     EndGeneration,
     GrantCredits,
+    ImportCredits,
+    ImportedEntry,
     LinkIdentities,
+    MergeAccounts,
+    PayInvoice,
+    PaymentIds,
     PeriodLine,
     Pool,
+    RefundCharge,
     RefundGeneration,
+    RefundPayment,
+    RefundStatus,
     RegisterUser,
     RequestBooking,
     RequestGeneration,
@@ -448,7 +458,13 @@ def link(account: str = ANN) -> LinkIdentities:
 
 
 def buy(
-    credits: int = 100, *, key: str = "checkout:cs_1", to: str = ANN, days: int | None = None
+    credits: int = 100,
+    *,
+    key: str = "checkout:cs_1",
+    to: str = ANN,
+    days: int | None = None,
+    payment: str | None = "pi_1",
+    paid: int | None = 1000,
 ) -> BuyPack:
     """A paid checkout of a pack."""
     return BuyPack(
@@ -456,8 +472,8 @@ def buy(
         key,
         credits,
         timedelta(days=days) if days else None,
-        paid=1000,
-        payment_id="pi_1",
+        paid=paid,
+        payment_id=payment,
         references={"checkout_session_id": key},
     )
 
@@ -527,11 +543,65 @@ def line(
     trial: bool = False,
 ) -> PeriodLine:
     """One line of a paid invoice."""
-    return PeriodLine(plan, start, end, quantity, trial, 2000)
+    return PeriodLine(plan, start, end, quantity, trial)
 
 
-def invoice(*lines: PeriodLine, to: str = ANN, subscription: str = "sub_1") -> StartPeriods:
+def invoice(
+    *lines: PeriodLine,
+    to: str = ANN,
+    subscription: str = "sub_1",
+    id: str = "in_1",
+    payment: str | None = "pi_1",
+    paid: int | None = 2000,
+) -> StartPeriods:
     """A paid invoice."""
     return StartPeriods(
-        to, subscription, lines, "in_1", "pi_1", references={"subscription_id": subscription}
+        to, subscription, lines, id, payment, paid, references={"subscription_id": subscription}
     )
+
+
+def pay(*, invoice: str = "in_1", payment: str = "pi_1") -> PayInvoice:
+    """A payment turns out to have paid an invoice."""
+    return PayInvoice(PaymentIds(payment), invoice)
+
+
+def give_money_back(
+    amount: int, *, id: str = "re_1", of: str = "pi_1", status: RefundStatus = "succeeded"
+) -> RefundPayment:
+    """What is told of one refund."""
+    return RefundPayment(PaymentIds(of), id, amount, status)
+
+
+def charge_refunded(refunded: int, *, of: str = "pi_1") -> RefundCharge:
+    """All that was refunded of a charge so far."""
+    return RefundCharge(PaymentIds(of), refunded)
+
+
+def dispute(
+    amount: int, step: DisputeStep = "withdrawn", *, id: str = "dp_1", of: str = "pi_1"
+) -> DisputePayment:
+    """One step of a dispute."""
+    return DisputePayment(PaymentIds(of), id, amount, step)
+
+
+def merge(source: str = BOB, target: str = ANN) -> MergeAccounts:
+    """Bob turns out to be Ann."""
+    return MergeAccounts(source, target, "one person")
+
+
+def imported(
+    credits: int,
+    *,
+    pool: Pool = "purchased",
+    expires_at: datetime | None = None,
+    key: str | None = None,
+    payment: str | None = None,
+    paid: int | None = None,
+) -> ImportedEntry:
+    """One line of an old system's books."""
+    return ImportedEntry("import", pool, credits, START, "row", expires_at, key, payment, paid)
+
+
+def import_books(*entries: ImportedEntry, key: str = "profiles:1", to: str = ANN) -> ImportCredits:
+    """What an old system knew of Ann."""
+    return ImportCredits(to, key, entries)
