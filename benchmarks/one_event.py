@@ -64,8 +64,8 @@ Row: TypeAlias = tuple[Any, ...]
 
 # Locks nothing when the command was decided before: then there is nothing to change.
 _LOCK = """
-SELECT account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, registered_at,
-       updated_at
+SELECT account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, merged_into,
+       registered_at, signup_granted, allocate_at, updated_at
 FROM credits.accounts
 WHERE account_id = ANY($1::text[])
   AND NOT EXISTS (SELECT FROM credits.commands WHERE key = $2 AND type = $3 AND scope = $4)
@@ -84,7 +84,7 @@ SELECT clock_timestamp() AS now,
              FROM unnest($9::text[]) AS a (account_id) CROSS JOIN LATERAL (
                  SELECT l AS lot FROM credits.lots l
                  WHERE l.account_id = a.account_id AND l.open
-                 ORDER BY l.pool = 'purchased', l.expires_at NULLS LAST, l.granted_at, l.granted_version, l.lot_id
+                 ORDER BY l.pool = 'purchased', l.expires_at NULLS LAST, l.granted_at, l.granted_version, l.position, l.lot_id
                  LIMIT $8) first
              UNION ALL
              SELECT l FROM credits.lots l
@@ -163,7 +163,7 @@ class OneEvent:
 
     async def _write(self, connection: Connection, execution: Execution) -> int:
         (decision,) = execution.decisions
-        if isinstance(decision.outcome, Conflict) or execution.purchases:
+        if isinstance(decision.outcome, Conflict) or execution.state.purchases:
             raise NotPlainError
         outbox: list[Row] = []
         entries: list[Row] = []

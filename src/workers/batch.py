@@ -20,17 +20,18 @@ import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Command, Link, Settle, accounts_of
-from workers.ledger.execute import Execution, execute, purchase_keys_of, references_of
+from workers.ledger.commands import Cause, Command, Link, Settle
+from workers.ledger.execute import Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
+from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
 from workers.sources import Identities, Ignored, Sources, Understood
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
-from workers.store.load import Connection, OwnersChanged, Wanted, find_identities, load
+from workers.store.load import Connection, OwnersChanged, find_identities, load
 from workers.store.record import outcome_name, record_execution, record_publications
 from workers.store.set_aside import (
     Kept,
@@ -322,24 +323,7 @@ class Ledger:
         return _report(batch, execution, published=len(publications), linked=bool(links))
 
     async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
-        actions = [command.action for command in commands]
-        references = [references_of(action) for action in actions]
-        wanted = Wanted(
-            accounts=frozenset(account for action in actions for account in accounts_of(action)),
-            command_keys={
-                command.cause.command_key
-                for command in commands
-                if not isinstance(command.action, Settle)
-            },
-            generation_ids={
-                named["generation_id"] for named in references if "generation_id" in named
-            },
-            booking_ids={named["booking_id"] for named in references if "booking_id" in named},
-            purchase_keys={
-                key for action in actions for key in purchase_keys_of(action, self._catalogue)
-            },
-        )
-        state, now = await load(connection, wanted)
+        state, now = await load(connection, reach_of(commands, self._catalogue))
         return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
 
     # -- what is told -------------------------------------------------------------------------------------------

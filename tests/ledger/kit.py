@@ -49,11 +49,10 @@ from workers.ledger.commands import (
     Settle,
     StartPeriods,
     TransferCredits,
-    accounts_of,
 )
-from workers.ledger.execute import purchase_keys_of
-from workers.ledger.model import Alert, Decided, Usage
+from workers.ledger.model import Alert, Allocation, Decided, Payment, Usage
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
+from workers.ledger.reach import reach_of
 
 ANN, BOB, CAT = "user:ann", "user:bob", "user:cat"
 START = datetime(2026, 11, 21, 10, tzinfo=UTC)
@@ -115,14 +114,25 @@ def ids() -> Iterator[UUID]:
 
 def columns(row: object, *, without: tuple[str, ...] = ()) -> dict[str, object]:
     """A row's values, without the marks that tell the store what to do with it."""
-    marks = {"fresh", "changed", "settled", "lots", "due", *without}
+    marks = {"fresh", "changed", "settled", "lots", "due", "allocations", *without}
     return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in marks}
 
 
 def _copy(row):
-    marks = {"fresh": False, "changed": False, "settled": False, "lots": [], "due": []}
+    marks = {
+        "fresh": False,
+        "changed": False,
+        "settled": False,
+        "lots": [],
+        "due": [],
+        "allocations": [],
+    }
     known = {item.name for item in fields(row)}
-    return replace(row, **{name: value for name, value in marks.items() if name in known})
+    copy = replace(row, **{name: value for name, value in marks.items() if name in known})
+    if isinstance(copy, Payment):
+        copy.refunds = {key: _copy(refund) for key, refund in row.refunds.items()}
+        copy.disputes = {key: _copy(dispute) for key, dispute in row.disputes.items()}
+    return copy
 
 
 @dataclass
@@ -137,6 +147,8 @@ class Ledger:
     generations: dict[str, Generation] = field(default_factory=dict)
     bookings: dict[str, Booking] = field(default_factory=dict)
     purchases: dict[str, Purchase] = field(default_factory=dict)
+    allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
+    payments: dict[str, Payment] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
     entries: dict[str, list[Entry]] = field(default_factory=dict)
@@ -232,7 +244,9 @@ class Ledger:
             "generations": {key: columns(row) for key, row in self.generations.items()},
             "bookings": {key: columns(row) for key, row in self.bookings.items()},
             "usage": {key: row.generations for key, row in self.usage.items() if row.generations},
-            "purchases": dict(self.purchases),
+            "purchases": {key: columns(row) for key, row in self.purchases.items()},
+            "allocations": {key: columns(row) for key, row in self.allocations.items()},
+            "payments": {key: payment_columns(row) for key, row in self.payments.items()},
             "decided": dict(self.decided),
             "entries": {key: list(rows) for key, rows in self.entries.items()},
         }
@@ -257,46 +271,107 @@ class Ledger:
         execute_batch(state, settle, now=self.now, catalogue=self.catalogue, ids=ids())
         return state
 
+    def heir(self, name: str) -> str:
+        """Whom an account was merged into, if it was."""
+        while name in self.accounts and self.accounts[name].merged_into is not None:
+            name = self.accounts[name].merged_into
+        return name
+
     def load(self, commands: tuple[Command, ...]) -> Snapshot:
         """What the commands touch and no more, as copies."""
-        state = Snapshot()
-        names = set()
-        for command in commands:
-            action = command.action
-            names.update(accounts_of(action))
-            generation = self.generations.get(getattr(action, "generation_id", None))
-            if generation is not None:
-                state.generations[generation.generation_id] = _copy(generation)
-                names.update({generation.account_id} - {None})
-            booking = self.bookings.get(getattr(action, "booking_id", None))
-            if booking is not None:
-                state.bookings[booking.booking_id] = _copy(booking)
-                names.update({booking.client, booking.practitioner} - {None})
-            for key in purchase_keys_of(action, self.catalogue):
-                if key in self.purchases:
-                    state.purchases[key] = self.purchases[key]
-            if command.cause.command_key in self.decided:
-                state.decided[command.cause.command_key] = self.decided[command.cause.command_key]
-        for name in names:
+        state, reach = Snapshot(), reach_of(commands, self.catalogue)
+        for key in reach.command_keys & self.decided.keys():
+            state.decided[key] = self.decided[key]
+        money = self._money(reach.money)
+        for id in money:
+            known = self.payments.get(id)
+            state.payments[id] = (
+                _copy(known) if known else Payment(payment_id=id, recorded_at=self.now)
+            )
+        for key, row in self.purchases.items():
+            if (
+                key in reach.purchase_keys
+                or row.subscription_id in reach.subscription_ids
+                or {row.payment_id, row.invoice_id} & money
+            ):
+                state.purchases[key] = _copy(row)
+        names = set(reach.accounts)
+        names |= {
+            row.account_id
+            for row in state.purchases.values()
+            if {row.payment_id, row.invoice_id} & money
+        }
+        for id in reach.generation_ids & self.generations.keys():
+            state.generations[id] = _copy(self.generations[id])
+            names |= {self.generations[id].account_id} - {None}
+        for id in reach.booking_ids & self.bookings.keys():
+            state.bookings[id] = _copy(self.bookings[id])
+            names |= {self.bookings[id].client, self.bookings[id].practitioner} - {None}
+        while (
+            heirs := {
+                row.merged_into
+                for name, row in self.accounts.items()
+                if name in names and row.merged_into is not None
+            }
+            - names
+        ):
+            names |= heirs
+        for name in sorted(names):
             state.accounts[name] = _copy(self.accounts.get(name, Account(account_id=name)))
-        open_holds = [row for row in self.generations.values() if row.state == "held"]
-        for row in sorted(open_holds, key=lambda row: (row.deadline_at, row.generation_id)):
-            if row.account_id in names and row.deadline_at <= self.now:
+        merging = {self.heir(name) for name in reach.merging}
+        for row in self.generations.values():
+            if row.state != "held" or row.account_id not in names:
+                continue
+            if row.deadline_at <= self.now:
                 due = state.generations.setdefault(row.generation_id, _copy(row))
                 state.accounts[row.account_id].due.append(due)
+            elif row.account_id in merging:
+                state.generations.setdefault(row.generation_id, _copy(row))
+        wanted = {
+            lot_id
+            for row in state.purchases.values()
+            for lot_id in (row.lot_id, *(part.lot_id for part in row.parts))
+        }
         for row in self.lot_rows.values():
-            if row.account_id in names and row.remaining > 0:
+            if (row.account_id in names and row.remaining > 0) or row.lot_id in wanted:
                 state.lots[row.lot_id] = _copy(row)
+        for key, row in self.allocations.items():
+            running = row.account_id in names and row.next_at is not None
+            if (
+                running
+                or key[0] in reach.subscription_ids
+                or {row.payment_id, row.invoice_id} & money
+            ):
+                state.allocations[key] = _copy(row)
+                if row.account_id in names:
+                    state.accounts[self.heir(row.account_id)].allocations.append(
+                        state.allocations[key]
+                    )
         for name in names:
-            own = [lot for lot in state.lots.values() if lot.account_id == name]
+            own = [
+                lot for lot in state.lots.values() if lot.account_id == name and lot.remaining > 0
+            ]
             state.accounts[name].lots = sorted(own, key=Lot.order)
         today = self.now.astimezone(UTC).date()
         days = {today + timedelta(days=shift) for shift in (-1, 0, 1)}
-        wanted = {(name, day) for name in names for day in days}
-        wanted |= {(row.account_id, row.counted_on) for row in state.generations.values()}
-        for key in wanted & self.usage.keys():
+        days |= {row.counted_on for row in state.generations.values()}
+        for key in {(name, day) for name in names for day in days} & self.usage.keys():
             state.usage[key] = _copy(self.usage[key])
         return state
+
+    def _money(self, named: set[str]) -> set[str]:
+        """Everything that speaks of the same money."""
+        money = set(named)
+        for row in self.payments.values():
+            if {row.payment_id, row.charge_id} & named:
+                money |= {row.payment_id, row.charge_id, row.invoice_id}
+        for row in self.purchases.values():
+            if row.payment_id in named:
+                money.add(row.invoice_id)
+        invoices = money - {None}
+        money |= {row.payment_id for row in self.payments.values() if row.invoice_id in invoices}
+        money |= {row.payment_id for row in self.purchases.values() if row.invoice_id in invoices}
+        return money - {None}
 
     def _write_back(self, execution: Execution) -> None:
         state = execution.state
@@ -309,6 +384,8 @@ class Ledger:
             (self.lot_rows, state.lots),
             (self.generations, state.generations),
             (self.bookings, state.bookings),
+            (self.purchases, state.purchases),
+            (self.allocations, state.allocations),
             (self.usage, state.usage),
         ):
             for key, row in rows.items():
@@ -320,9 +397,20 @@ class Ledger:
                     assert columns(row) == columns(stored[key]), f"{key} changed without its mark"
                 else:
                     assert key in state.accounts or key in state.usage, f"{key} lacks its mark"
-        for purchase in execution.purchases:
-            assert purchase.purchase_key not in self.purchases
-            self.purchases[purchase.purchase_key] = purchase
+        for key, payment in state.payments.items():
+            stored = self.payments.get(
+                key, Payment(payment_id=key, recorded_at=payment.recorded_at)
+            )
+            mark = payment.changed or any(
+                part.fresh or part.changed
+                for part in (*payment.refunds.values(), *payment.disputes.values())
+            )
+            assert mark or payment_columns(payment) == payment_columns(stored), key
+            self.payments[key] = _copy(payment)
+        for source in execution.merged:
+            for row in (*self.purchases.values(), *self.allocations.values()):
+                if row.account_id == source:
+                    row.account_id = self.heir(source)
         for decision in execution.decisions:
             if decision.transaction_id is not None:
                 key = decision.command.cause.command_key
@@ -335,9 +423,25 @@ class Ledger:
             assert usage.generations >= 0, f"{usage.account_id} generated less than nothing"
         for generation in state.generations.values():
             check_generation(generation)
+        for purchase in state.purchases.values():
+            assert purchase.clawed == sum(part.credits for part in purchase.parts)
+            assert 0 <= purchase.clawed <= purchase.credits
+        for account in state.accounts.values():
+            if account.state == "merged":
+                assert (account.balance, account.debt, account.allocations) == (0, 0, [])
+                assert self.heir(account.account_id) != account.account_id
         for booking in state.bookings.values():
             assert 0 <= booking.given_back <= booking.credits
             assert booking.practitioner is None or booking.client != booking.practitioner
+
+
+def payment_columns(row: Payment) -> dict[str, object]:
+    """A payment's values, with those of its refunds and disputes."""
+    parts = {"refunds": row.refunds, "disputes": row.disputes}
+    own = columns(row, without=tuple(parts))
+    return own | {
+        name: {key: columns(part) for key, part in found.items()} for name, found in parts.items()
+    }
 
 
 # -- what must hold after every batch ---------------------------------------------------------------------
@@ -551,13 +655,12 @@ def invoice(
     to: str = ANN,
     subscription: str = "sub_1",
     id: str = "in_1",
-    payment: str | None = "pi_1",
+    payment: str | None = None,
     paid: int | None = 2000,
 ) -> StartPeriods:
     """A paid invoice."""
-    return StartPeriods(
-        to, subscription, lines, id, payment, paid, references={"subscription_id": subscription}
-    )
+    references = {"subscription_id": subscription, "invoice_id": id}
+    return StartPeriods(to, subscription, lines, id, payment, paid, references=references)
 
 
 def pay(*, invoice: str = "in_1", payment: str = "pi_1") -> PayInvoice:

@@ -415,6 +415,18 @@ class BothModels(RuleBasedStateMachine):
             for key, row in purchases.items()
             if not key.startswith("signup:")
         } == {sale.key: (sale.credits, taken_of(sale)) for sale in naive.sales}
+        allocations = {**self.ledger.allocations, **seen.allocations}
+        assert {
+            key: (self.home(seen, row.account_id), row.credits, row.next_at)
+            for key, row in allocations.items()
+        } == {
+            (yearly.subscription, yearly.start): (
+                yearly.who,
+                yearly.credits,
+                naive.next_month(yearly),
+            )
+            for yearly in naive.yearly
+        }
         today = self.ledger.now.astimezone(UTC).date()
         for days in (-1, 0, 1):
             for who in seen.accounts:

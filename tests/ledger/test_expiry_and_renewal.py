@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from workers.ledger.commands import Action, PeriodLine, Settle
-from workers.ledger.grants import add_months
+from workers.ledger.model import add_months
 
 from .kit import (
     ANN,
@@ -268,7 +268,7 @@ def test_a_period_brings_its_plans_tier(tier: str, what: str, now: datetime) -> 
 def test_a_purchase_remembers_what_was_bought() -> None:
     """What a later refund or repeat needs: plan, period, invoice, payment, price, and the lot."""
     ledger = Ledger()
-    ledger.given(period("pro_monthly", NOV, DEC))
+    ledger.given(invoice(line("pro_monthly", NOV, DEC), payment="pi_1", paid=2000))
 
     bought = ledger.purchases["period:sub_1:pro_monthly:2026-11-01T00:00:00+00:00"]
     assert (bought.account_id, bought.kind, bought.credits) == (ANN, "subscription_grant", 800)

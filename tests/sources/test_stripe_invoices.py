@@ -29,7 +29,7 @@ SUCCEEDED = "invoice.payment_succeeded"
 START = datetime.fromtimestamp(CREATED, UTC)
 END = START + timedelta(days=30)
 KNOWN = [("cus_1", "stripe", "user:ann")]
-LINE = PeriodLine("pro_monthly", START, END, 1, trial=False, paid=2900)
+LINE = PeriodLine("pro_monthly", START, END, 1, trial=False)
 
 Invoice = Callable[..., dict[str, Any]]
 Line = Callable[..., dict[str, Any]]
@@ -58,6 +58,7 @@ def test_a_paid_invoice_starts_a_period(invoice: Invoice, line: Line, type_: str
         lines=(LINE,),
         invoice_id="in_1",
         payment_id="pi_1" if invoice is old_invoice else None,
+        paid=0,
         references={"invoice_id": "in_1", "subscription_id": "sub_1"},
     )
     assert found.cause == Cause("stripe", type_, "evt_1", "evt_1", START, "stripe.webhook", 3, 14)
@@ -92,27 +93,36 @@ def test_quantity_multiplies(invoice: Invoice, line: Line) -> None:
 
 @both
 def test_every_line_of_a_plan_starts_its_period(invoice: Invoice, line: Line) -> None:
-    """A subscription of two plans starts two periods, each with what was paid for it."""
+    """A subscription of two plans starts two periods."""
     found = lines(invoice(line(), line("price_pro_yearly", amount=29_000)))
 
-    assert [(one.plan, one.paid) for one in found] == [
-        ("pro_monthly", 2900),
-        ("pro_yearly", 29_000),
-    ]
+    assert [one.plan for one in found] == ["pro_monthly", "pro_yearly"]
+
+
+@both
+@pytest.mark.parametrize("amount_paid", [3451, 0, None])
+def test_what_was_paid_is_said_once_for_the_invoice(
+    amount_paid: int | None, invoice: Invoice, line: Line
+) -> None:
+    """Tax and other lines are in it: a refund is a share of all that was paid (R7)."""
+    found = action(stripe(PAID, {**invoice(line()), "amount_paid": amount_paid}), KNOWN)
+
+    assert isinstance(found, StartPeriods)
+    assert found.paid == amount_paid
 
 
 @both
 @pytest.mark.parametrize(
     ("expected", "amount"),
-    [((True, 0), 0), ((False, 2900), 2900), ((False, None), None), ((False, 0), -5)],
+    [(True, 0), (False, 2900), (False, None), (False, -5)],
 )
 def test_a_line_that_costs_nothing_is_a_trial(
-    expected: tuple[bool, int | None], amount: int | None, invoice: Invoice, line: Line
+    expected: bool, amount: int | None, invoice: Invoice, line: Line
 ) -> None:
-    """A coupon leaves the line's amount as it is; a trial's is zero. A credit line is paid nothing."""
+    """A coupon leaves the line's amount as it is; a trial's is zero."""
     (found,) = lines(invoice(line(amount=amount)))
 
-    assert expected == (found.trial, found.paid)
+    assert found.trial == expected
 
 
 def prorated_new() -> dict[str, Any]:

@@ -38,7 +38,7 @@ EMPTY = """
 BEGIN;
 ALTER TABLE entries DISABLE TRIGGER USER;
 DELETE FROM outbox; DELETE FROM parked; DELETE FROM dead_letters; DELETE FROM lots; DELETE FROM members;
-DELETE FROM entries; DELETE FROM commands; DELETE FROM generations; DELETE FROM bookings; DELETE FROM purchases;
+DELETE FROM entries; DELETE FROM commands; DELETE FROM generations; DELETE FROM bookings; DELETE FROM purchases; DELETE FROM allocations;
 DELETE FROM payments; DELETE FROM refunds; DELETE FROM disputes; DELETE FROM subscriptions; DELETE FROM customers;
 DELETE FROM identities; DELETE FROM organisations; DELETE FROM usage_days; DELETE FROM heartbeats;
 DELETE FROM accounts;

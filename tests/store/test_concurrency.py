@@ -9,8 +9,9 @@ import asyncpg
 import pytest
 
 from workers.batch import Ledger, Report
+from workers.ledger.reach import Reach
 from workers.store.database import open_pool
-from workers.store.load import Wanted, load
+from workers.store.load import load
 from workers.store.set_aside import Work
 
 from .journal import problems
@@ -94,7 +95,7 @@ async def test_accounts_that_nobody_has_seen_are_made_without_deadlock(
 
     async def make(names: frozenset[str]) -> None:
         async with pool.acquire() as connection, connection.transaction():
-            await load(connection, Wanted(names, (), (), (), ()))
+            await load(connection, Reach(accounts=set(names)))
 
     for number in range(15):
         names = frozenset(f"user:new{number}-{other}" for other in range(500))

@@ -22,9 +22,11 @@ from .kit import event, pack, record
 # One row of each table that a life of the ledger does not fill yet.
 ROWS = """
 INSERT INTO payments (payment_id, recorded_at) VALUES ('pi_1', now());
-INSERT INTO refunds VALUES ('re_1', 'pi_1', 5, 'pending', now(), now());
-INSERT INTO disputes (dispute_id, payment_id, amount, status, event_at, recorded_at)
-    VALUES ('du_1', 'pi_1', 5, 'needs_response', now(), now());
+INSERT INTO refunds (payment_id, refund_id, amount, status, recorded_at) VALUES ('pi_1', 're_1', 5, 'pending', now());
+INSERT INTO disputes (payment_id, dispute_id, amount, steps, recorded_at)
+    VALUES ('pi_1', 'du_1', 5, '{opened,withdrawn}', now());
+INSERT INTO allocations (subscription_id, period_start, period_end, account_id, plan, credits, next_month, next_at, invoice_id)
+    VALUES ('sub_1', '2026-11-01', '2027-11-01', 'user:ann', 'pro_yearly', 800, 1, '2026-12-01', 'in_1');
 INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_1', 'active', now(), now());
 INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(), now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
@@ -86,9 +88,19 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "two_parties": ("bookings", "client_account IS NOT NULL", {"client_account": "user:x", "practitioner_account": "user:x"}),
     "purchases_pkey": ("purchases", "true", {}),
     "purchases_paid_check": ("purchases", "true", {"paid": -1}),
+    "purchases_month_check": ("purchases", "true", {"month": 12}),
+    "at_most_what_was_bought_is_clawed": ("purchases", "true", {"clawed": 10**6}),
+    "allocations_pkey": ("allocations", "true", {}),
+    "allocations_account_id_fkey": ("allocations", "true", {"subscription_id": "sub_2", "account_id": "user:nobody"}),
+    "allocations_credits_check": ("allocations", "true", {"credits": 0}),
+    "allocations_next_month_check": ("allocations", "true", {"next_month": 13}),
+    "allocations_paid_check": ("allocations", "true", {"paid": -1}),
+    "allocations_returned_check": ("allocations", "true", {"returned": -1}),
+    "a_month_begins_inside_the_period": ("allocations", "true", {"next_at": "2027-11-01T00:00:00Z"}),
     "payments_pkey": ("payments", "true", {}),
-    "payments_paid_check": ("payments", "true", {"paid": -1}),
-    "payments_refunded_total_check": ("payments", "true", {"refunded_total": -1}),
+    "payments_refunded_check": ("payments", "true", {"refunded": -1}),
+    "refund_status_is_known": ("refunds", "true", {"status": "gone"}),
+    "dispute_steps_are_known": ("disputes", "true", {"steps": ["gone"]}),
     "refunds_pkey": ("refunds", "true", {}),
     "refunds_amount_check": ("refunds", "true", {"amount": -1}),
     "disputes_pkey": ("disputes", "true", {}),

@@ -10,8 +10,9 @@ from workers.batch import Ledger
 from workers.ledger.commands import Command
 from workers.ledger.execute import Execution
 from workers.ledger.model import Lot, Snapshot
+from workers.ledger.reach import Reach
 from workers.sources import Identities, Sources, Understood
-from workers.store.load import Wanted, load
+from workers.store.load import load
 from workers.store.record import record_execution
 from workers.store.set_aside import Work
 
@@ -41,12 +42,12 @@ async def fold(ledger: Ledger, connection: asyncpg.Connection, works: list[Work]
 
 async def snapshot(connection: asyncpg.Connection, like: Snapshot) -> Snapshot:
     """What the tables say of everything that another snapshot has."""
-    wanted = Wanted(
-        accounts=frozenset(like.accounts),
-        command_keys=like.decided.keys(),
-        generation_ids=like.generations.keys(),
-        booking_ids=like.bookings.keys(),
-        purchase_keys=like.purchases.keys(),
+    wanted = Reach(
+        accounts=set(like.accounts),
+        command_keys=set(like.decided),
+        generation_ids=set(like.generations),
+        booking_ids=set(like.bookings),
+        purchase_keys=set(like.purchases),
     )
     async with connection.transaction():
         state, _ = await load(connection, wanted)
@@ -138,7 +139,7 @@ async def test_lots_are_loaded_in_the_order_in_which_they_are_consumed(
     )
 
     async with pool.acquire() as connection, connection.transaction():
-        state, _ = await load(connection, Wanted(frozenset({"user:ann"}), (), (), (), ()))
+        state, _ = await load(connection, Reach(accounts={"user:ann"}))
 
     lots = state.accounts["user:ann"].lots
     assert [lot.granted for lot in lots] == [3, 5, 2, 1, 4] * 2
@@ -154,7 +155,7 @@ async def test_what_is_used_up_is_not_loaded(ledger: Ledger, pool: asyncpg.Pool)
     await ledger.apply([register("ann")])
 
     async with pool.acquire() as connection, connection.transaction():
-        state, _ = await load(connection, Wanted(frozenset({"user:ann"}), (), (), (), ()))
+        state, _ = await load(connection, Reach(accounts={"user:ann"}))
 
     assert len(state.lots) == 2  # held is not used up
     assert state.accounts["user:ann"].held == 8
@@ -174,10 +175,10 @@ async def test_holds_past_their_deadline_are_loaded_with_their_account(
         )
 
     async with pool.acquire() as connection, connection.transaction():
-        state, _ = await load(connection, Wanted(frozenset({"user:ann"}), (), (), (), ()))
+        state, _ = await load(connection, Reach(accounts={"user:ann"}))
 
-    due = [generation.generation_id for generation in state.accounts["user:ann"].due]
-    assert due == ["g1", "g2", "g0"]
+    due = {generation.generation_id for generation in state.accounts["user:ann"].due}
+    assert due == {"g0", "g1", "g2"}
     assert state.generations.keys() == {"g0", "g1", "g2"}
 
 
@@ -188,7 +189,7 @@ async def test_the_parties_of_a_business_object_are_locked_with_it(
     """A later event names the object; the accounts that it touches are found and locked before it is decided."""
     await ledger.apply(life.first()[:6])
     await ledger.apply([request("g1", "ann"), book("b1", "ann", "bob", 30)])
-    wanted = Wanted(frozenset(), (), {"g1"} & {named}, {"b1"} & {named}, ())
+    wanted = Reach(generation_ids={"g1"} & {named}, booking_ids={"b1"} & {named})
 
     async with pool.acquire() as connection, connection.transaction():
         state, _ = await load(connection, wanted)

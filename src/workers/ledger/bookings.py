@@ -9,9 +9,9 @@ from workers.ledger.writer import Transaction, Writer
 
 def request_booking(writer: Writer, action: RequestBooking, transaction: Transaction) -> Outcome:
     """Debit the client and credit the practitioner; if anything refuses, nothing happened."""
-    if action.client == action.practitioner:
-        return Rejected("same_account", action.client, action.credits)
     client, practitioner = writer.account(action.client), writer.account(action.practitioner)
+    if client is practitioner:
+        return Rejected("same_account", client.account_id, action.credits)
     known = writer.state.bookings.get(action.booking_id)
     if known is not None:
         if known.state == "booked":

@@ -11,6 +11,22 @@ from datetime import datetime, timedelta, tzinfo
 from typing import Literal, NamedTuple, TypeAlias
 
 Pool: TypeAlias = Literal["subscription", "purchased"]
+RefundStatus: TypeAlias = Literal["pending", "succeeded", "failed"]
+DisputeStep: TypeAlias = Literal["inquiry", "opened", "withdrawn", "reinstated", "won", "lost"]
+ImportedKind: TypeAlias = Literal[
+    "import",
+    "signup_grant",
+    "subscription_grant",
+    "session_earning",
+    "purchase",
+    "promotion",
+    "generation_debit",
+    "generation_refund",
+    "booking_debit",
+    "expiry",
+    "clawback",
+    "adjustment",
+]
 
 
 class CommandKey(NamedTuple):
@@ -109,6 +125,44 @@ class TransferCredits:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeAccounts:
+    """Two accounts turned out to be one person: the source's everything becomes the target's (R13)."""
+
+    source: str
+    target: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedEntry:
+    """One line of an old system's books: signed credits, with the time that it had there.
+
+    `purchase_key` and `payment_id` name the sale behind it, so that its other events grant nothing and a later refund
+    finds its lot; `paid` is in the currency's smallest unit.
+    """
+
+    kind: ImportedKind
+    pool: Pool
+    credits: int
+    occurred_at: datetime
+    reference: str
+    expires_at: datetime | None = None
+    purchase_key: str | None = None
+    payment_id: str | None = None
+    paid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportCredits:
+    """What an old system knew of an owner, oldest first. `import_key` is the business key: one source row."""
+
+    account: str
+    import_key: str
+    entries: tuple[ImportedEntry, ...]
+    references: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class BuyPack:
     """A paid checkout of credits. `purchase_key` is the business key; `paid` is in the currency's smallest unit."""
 
@@ -130,19 +184,65 @@ class PeriodLine:
     period_end: datetime
     quantity: int
     trial: bool
-    paid: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class StartPeriods:
-    """A paid invoice: each of its lines starts a period of a subscription (R4, R14)."""
+    """A paid invoice: each of its lines starts a period of a subscription (R4, R14). `paid` is all that the invoice
+    cost, tax and other lines included, in the currency's smallest unit.
+    """
 
     account: str
     subscription_id: str
     lines: tuple[PeriodLine, ...]
     invoice_id: str
     payment_id: str | None = None
+    paid: int | None = None
     references: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentIds:
+    """How Stripe names money: by payment intent, by charge where there is no intent, or by both."""
+
+    payment_id: str
+    charge_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PayInvoice:
+    """An invoice was paid by this payment: what is refunded of the payment is refunded of the invoice (R7)."""
+
+    payment: PaymentIds
+    invoice_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefundPayment:
+    """What is known of one refund. Its states only ever go up: pending, succeeded, failed (cancelled ones too)."""
+
+    payment: PaymentIds
+    refund_id: str
+    amount: int
+    status: RefundStatus
+
+
+@dataclass(frozen=True, slots=True)
+class RefundCharge:
+    """All that was refunded of a charge so far, from accounts whose events name no single refund (R7)."""
+
+    payment: PaymentIds
+    refunded: int
+
+
+@dataclass(frozen=True, slots=True)
+class DisputePayment:
+    """One step of a dispute. `inquiry` and `opened` move nothing; later steps may arrive before earlier ones."""
+
+    payment: PaymentIds
+    dispute_id: str
+    amount: int
+    step: DisputeStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +322,14 @@ Action: TypeAlias = (
     | GrantCredits
     | AdjustCredits
     | TransferCredits
+    | MergeAccounts
+    | ImportCredits
     | BuyPack
     | StartPeriods
+    | PayInvoice
+    | RefundPayment
+    | RefundCharge
+    | DisputePayment
     | RequestGeneration
     | CompleteGeneration
     | EndGeneration
@@ -253,5 +359,9 @@ def accounts_of(action: Action) -> tuple[str, ...]:
             return (action.client,) if action.client else ()
         case TransferCredits():
             return (action.sender, action.receiver)
+        case MergeAccounts():
+            return (action.source, action.target)
+        case PayInvoice() | RefundPayment() | RefundCharge() | DisputePayment():
+            return ()  # those of the purchases that the payment bought
         case _:
             return (action.account,)

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import assert_never
 from uuid import UUID
 
-from workers.ledger import bookings, generations, grants
+from workers.ledger import bookings, generations, grants, imports, merges, payments, periods
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import (
     Action,
@@ -15,10 +15,16 @@ from workers.ledger.commands import (
     CancelBooking,
     Command,
     CompleteGeneration,
+    DisputePayment,
     EndGeneration,
     GrantCredits,
+    ImportCredits,
     LinkIdentities,
+    MergeAccounts,
+    PayInvoice,
+    RefundCharge,
     RefundGeneration,
+    RefundPayment,
     RegisterUser,
     RequestBooking,
     RequestGeneration,
@@ -27,8 +33,9 @@ from workers.ledger.commands import (
     TransferCredits,
     accounts_of,
 )
-from workers.ledger.model import Alert, Decided, Entry, Ids, Purchase, Snapshot
+from workers.ledger.model import Alert, Decided, Entry, Ids, Snapshot
 from workers.ledger.outcomes import APPLIED, CONFLICT, DUPLICATE, Outcome, Rejected
+from workers.ledger.settling import settle
 from workers.ledger.writer import Transaction, Writer
 
 
@@ -43,13 +50,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """A folded batch: the decisions in order, and the state that must be written back."""
+    """A folded batch: the decisions in order, and the state that must be written back. `merged` says which accounts
+    became part of which.
+    """
 
     decisions: list[Decision]
     state: Snapshot
     entries: list[Entry]
-    purchases: list[Purchase]
     alerts: list[Alert]
+    merged: dict[str, str]
     now: datetime
 
 
@@ -61,9 +70,9 @@ def execute(
     Splitting a batch anywhere, with the same `now`, gives the same result. Raises InvariantViolated when a rule
     of the ledger would break, and then nothing of the state may be written.
     """
-    writer = Writer(state, catalogue, now, ids)
+    writer = Writer(state, catalogue, now, ids, settle)
     decisions = [_decide_once(writer, command) for command in commands]
-    return Execution(decisions, state, writer.entries, writer.purchases, writer.alerts, now)
+    return Execution(decisions, state, writer.entries, writer.alerts, writer.merged, now)
 
 
 def _decide_once(writer: Writer, command: Command) -> Decision:
@@ -120,8 +129,20 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             return grants.transfer_credits(writer, action, transaction)
         case BuyPack():
             return grants.buy_pack(writer, action, transaction)
+        case MergeAccounts():
+            return merges.merge_accounts(writer, action, transaction)
+        case ImportCredits():
+            return imports.import_credits(writer, action, transaction)
         case StartPeriods():
-            return grants.start_periods(writer, action, transaction)
+            return periods.start_periods(writer, action, transaction)
+        case PayInvoice():
+            return payments.pay_invoice(writer, action, transaction)
+        case RefundPayment():
+            return payments.refund_payment(writer, action, transaction)
+        case RefundCharge():
+            return payments.refund_charge(writer, action, transaction)
+        case DisputePayment():
+            return payments.dispute_payment(writer, action, transaction)
         case Settle():
             return DUPLICATE
         case _:
@@ -135,22 +156,17 @@ def references_of(action: Action) -> dict[str, str]:
             return {"generation_id": action.generation_id}
         case RequestBooking() | CancelBooking():
             return {"booking_id": action.booking_id}
-        case BuyPack() | StartPeriods():
+        case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
+        case MergeAccounts():
+            return {"merged_account": action.source}
+        case PayInvoice():
+            return {"payment_id": action.payment.payment_id, "invoice_id": action.invoice_id}
+        case RefundPayment():
+            return {"payment_id": action.payment.payment_id, "refund_id": action.refund_id}
+        case RefundCharge():
+            return {"payment_id": action.payment.payment_id}
+        case DisputePayment():
+            return {"payment_id": action.payment.payment_id, "dispute_id": action.dispute_id}
         case _:
             return {}
-
-
-def purchase_keys_of(action: Action, catalogue: Catalogue) -> tuple[str, ...]:
-    """The business keys that deciding an action reads, so that the load can bring them."""
-    match action:
-        case RegisterUser():
-            return (f"signup:{action.account}",)
-        case BuyPack():
-            return (action.purchase_key,)
-        case StartPeriods():
-            return tuple(
-                grants.period_key(catalogue, action.subscription_id, line) for line in action.lines
-            )
-        case _:
-            return ()

@@ -20,18 +20,16 @@ def request_generation(
     """Reserve the price: credits leave `available`, not the balance, and stay pinned to their lots."""
     account = writer.account(action.account)
     known = _known(writer, action.generation_id)
-    price = (
-        writer.catalogue.generation_price(action.kind, action.model, action.units) or action.credits
-    )
+    price = _price(writer, action.kind, action.model, action.units, action.credits)
     if known is not None:
-        return _repeated_request(account, known, price)
+        return _repeated_request(writer, account, known, price)
     if action.organization_id is not None:
         # R15: no organisation has members yet, so every spender is a stranger to it.
         return Rejected("not_a_member", account.account_id, price, account.available)
     if price is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if price > BALANCE_MAX:
-        return Rejected("invalid_amount", account.account_id, None, account.available)
+        return Rejected("invalid_amount", account.account_id, price, account.available)
     limit = writer.catalogue.daily_generations(account.tier)
     if limit is not None and writer.usage(account.account_id).generations >= limit:
         return Rejected("daily_limit", account.account_id, price, account.available)
@@ -61,10 +59,12 @@ def request_generation(
     return APPLIED
 
 
-def _repeated_request(account: Account, known: Generation, price: int | None) -> Outcome:
-    if known.state != "held":
+def _repeated_request(
+    writer: Writer, account: Account, known: Generation, price: int | None
+) -> Outcome:
+    if known.state != "held" or known.account_id is None:
         return Rejected("hold_closed", account.account_id, price, account.available)
-    if known.account_id == account.account_id and known.held == price:
+    if writer.account(known.account_id) is account and known.held == price:
         return DUPLICATE
     return Rejected("invalid_amount", account.account_id, price, account.available)
 
@@ -86,7 +86,7 @@ def complete_generation(
     if cost is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if cost > BALANCE_MAX:
-        return Rejected("invalid_amount", account.account_id, None, account.available)
+        return Rejected("invalid_amount", account.account_id, cost, account.available)
     if account.available < cost:
         return Rejected("insufficient_credits", account.account_id, cost, account.available)
     generation = known or Generation(
@@ -113,7 +113,17 @@ def _cost(writer: Writer, action: CompleteGeneration, known: Generation | None) 
     kind = action.kind or (known.kind if known else None)
     model = action.model or (known.model if known else None)
     units = action.units or (known.units if known else None) or 1
-    return writer.catalogue.generation_price(kind, model, units) or action.credits
+    return _price(writer, kind, model, units, action.credits)
+
+
+def _price(
+    writer: Writer, kind: str | None, model: str | None, units: int, claimed: int | None
+) -> int | None:
+    """The catalogue's price, else the event's claim (R14). Beyond what anybody can hold one price is as good as another,
+    and has to fit where refusals are kept.
+    """
+    price = writer.catalogue.generation_price(kind, model, units) or claimed
+    return None if price is None else min(price, BALANCE_MAX + 1)
 
 
 def _capture(
@@ -140,7 +150,7 @@ def _capture(
     for pin in generation.pinned:
         part = min(pin.credits, left)
         left -= part
-        lot = writer.lot(pin)
+        lot = writer.lot(pin.lot_id)
         lots.append(lot)
         # A lot may give both what it held and a part of the excess; the entry names it once.
         more = extra.pop(pin.lot_id, None)
@@ -164,13 +174,13 @@ def end_generation(writer: Writer, action: EndGeneration, transaction: Transacti
             recorded_at=writer.now,
             fresh=True,
         )
-        return Rejected("unknown_hold", action.account)
+        return Rejected("unknown_hold", writer.account(action.account).account_id)
     if known.state == "completed":
         return Rejected("hold_closed", known.account_id)
     if known.state != "held":
         return DUPLICATE
     account = writer.account(known.account_id or action.account)
-    lots = [writer.lot(pin) for pin in known.pinned]
+    lots = [writer.lot(pin.lot_id) for pin in known.pinned]
     moves = writer.unpin(known)
     writer.close_hold(known, action.state)
     writer.write(account, "generation_release", moves, transaction)

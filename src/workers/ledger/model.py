@@ -5,6 +5,7 @@ does not exist in the database yet. Entries are immutable: they are the truth, t
 """
 
 import hashlib
+from calendar import monthrange
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, tzinfo
@@ -13,7 +14,7 @@ from uuid import UUID
 
 import orjson
 
-from workers.ledger.commands import CommandKey, Pool
+from workers.ledger.commands import CommandKey, DisputeStep, Pool, RefundStatus
 
 Kind: TypeAlias = Literal[
     "signup_grant",
@@ -40,11 +41,23 @@ Kind: TypeAlias = Literal[
 GenerationState: TypeAlias = Literal["held", "completed", "failed", "cancelled", "lapsed"]
 
 FAR_FUTURE = datetime.max.replace(tzinfo=UTC)
+MONTHS = 12
+
+
+def add_months(moment: datetime, months: int) -> datetime:
+    """The same day and time `months` later, clamped to the month's end (R14)."""
+    index = moment.year * 12 + moment.month - 1 + months
+    year, month = divmod(index, 12)
+    return moment.replace(
+        year=year, month=month + 1, day=min(moment.day, monthrange(year, month + 1)[1])
+    )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Lot:
-    """One grant's credits (R2). `remaining` includes what is `held`."""
+    """One grant's credits (R2). `remaining` includes what is `held`. `granted_version` is the version of its account that
+    brought it in, and `position` its place among those that a merge brought in at once.
+    """
 
     lot_id: UUID
     account_id: str
@@ -55,6 +68,7 @@ class Lot:
     source_reference: str
     granted_version: int
     granted_at: datetime
+    position: int = 0
     held: int = 0
     expired: int = 0
     clawed: int = 0
@@ -69,13 +83,14 @@ class Lot:
         """What of the lot may be taken."""
         return self.remaining - self.held
 
-    def order(self) -> tuple[bool, datetime, datetime, int, UUID]:
+    def order(self) -> tuple[bool, datetime, datetime, int, int, UUID]:
         """R3: subscription before purchased, soonest to expire first, then the oldest."""
         return (
             self.pool == "purchased",
             self.expires_at or FAR_FUTURE,
             self.granted_at,
             self.granted_version,
+            self.position,
             self.lot_id,
         )
 
@@ -83,7 +98,7 @@ class Lot:
 @dataclass(slots=True, kw_only=True, eq=False)
 class Account:
     """One owner's balance (R1, R2). `lots` are the open ones, in consumption order; `due` are the holds past their
-    deadline, earliest first.
+    deadline. No month of `allocations` falls due before `allocate_at`; they are loaded when that has come.
     """
 
     account_id: str
@@ -97,10 +112,14 @@ class Account:
     time_zone: str | None = None
     zone: tzinfo = UTC
     state: Literal["open", "closed", "merged"] = "open"
+    merged_into: str | None = None
     registered_at: datetime | None = None
+    signup_granted: bool = False
     updated_at: datetime | None = None
+    allocate_at: datetime | None = None
     lots: list[Lot] = field(default_factory=list)
     due: list["Generation"] = field(default_factory=list)
+    allocations: list["Allocation"] = field(default_factory=list)
     settled: bool = False
     changed: bool = False
 
@@ -113,6 +132,13 @@ class Account:
     def available(self) -> int:
         """What may be spent, once the account is settled."""
         return self.subscription + self.purchased - self.held
+
+    def plan_months(self) -> None:
+        """Say when the next month of a yearly period falls due, so that whoever loads the account then brings it."""
+        instants = [one.next_at for one in self.allocations if one.next_at is not None]
+        next_at = min(instants, default=None)
+        if next_at != self.allocate_at:
+            self.allocate_at, self.changed = next_at, True
 
 
 class Pinned(NamedTuple):
@@ -160,9 +186,21 @@ class Booking:
     changed: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class ClawedPart(NamedTuple):
+    """Credits that a clawback took: of a lot, or as debt; `expired` ones had left their lot by themselves (R7)."""
+
+    source: Literal["lot", "expired", "debt"]
+    credits: int
+    lot_id: UUID | None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Purchase:
-    """Something granted once, under its business key (R8b)."""
+    """Something granted once, under its business key (R8b), and what was clawed back of it (R7).
+
+    `paid` is all that was paid for what it is a part of; `month` numbers the months of a yearly period (R14); `clawed`
+    is the sum of `parts`, the latest last.
+    """
 
     purchase_key: str
     account_id: str
@@ -179,6 +217,99 @@ class Purchase:
     invoice_id: str | None = None
     payment_id: str | None = None
     paid: int | None = None
+    month: int | None = None
+    clawed: int = 0
+    parts: tuple[ClawedPart, ...] = ()
+    fresh: bool = False
+    changed: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Allocation:
+    """The months of a yearly period that was paid for (R14): `next_month` of them were granted, each of `credits`.
+
+    `next_at` is None when none will follow: all were granted, or all that was paid has gone back. `returned` is what
+    has gone back of what was paid, kept here so that a month nets it under its account's lock alone.
+    """
+
+    subscription_id: str
+    period_start: datetime
+    period_end: datetime
+    account_id: str
+    plan: str
+    credits: int
+    next_month: int
+    next_at: datetime | None
+    invoice_id: str
+    payment_id: str | None = None
+    paid: int | None = None
+    returned: int = 0
+    fresh: bool = False
+    changed: bool = False
+
+    def instant(self, month: int) -> datetime | None:
+        """When a month begins: counted from the period's start, never from elapsed days; None beyond the last."""
+        if month >= MONTHS:
+            return None
+        instant = add_months(self.period_start, month)
+        return instant if instant < self.period_end else None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Refund:
+    """One refund, by its id."""
+
+    refund_id: str
+    payment_id: str
+    amount: int
+    status: RefundStatus
+    recorded_at: datetime
+    fresh: bool = False
+    changed: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Dispute:
+    """One dispute, by its id, with the steps that were told of it, in whatever order."""
+
+    dispute_id: str
+    payment_id: str
+    amount: int
+    steps: frozenset[DisputeStep]
+    recorded_at: datetime
+    fresh: bool = False
+    changed: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether its money is gone: lost, or withdrawn and neither reinstated nor won (R7)."""
+        if "lost" in self.steps:
+            return True
+        return "withdrawn" in self.steps and self.steps.isdisjoint({"reinstated", "won"})
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Payment:
+    """Money that came, and what of it went back (R7). An invoice has a row of its own, which only links."""
+
+    payment_id: str
+    recorded_at: datetime
+    invoice_id: str | None = None
+    charge_id: str | None = None
+    refunded: int = 0
+    refunds: dict[str, Refund] = field(default_factory=dict)
+    disputes: dict[str, Dispute] = field(default_factory=dict)
+    changed: bool = False
+
+    @property
+    def returned(self) -> int:
+        """What went back. The cumulative figure counts only while no single refund is known."""
+        refunds = (
+            sum(refund.amount for refund in self.refunds.values() if refund.status != "failed")
+            if self.refunds
+            else self.refunded
+        )
+        return refunds + sum(dispute.amount for dispute in self.disputes.values() if dispute.counts)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -275,6 +406,7 @@ class Alert:
         "capture_shortfall",
         "manual_fix_required",
         "identity_disagreement",
+        "dispute_opened",
     ]
     account_id: str | None
     message: str
@@ -295,6 +427,8 @@ class Snapshot:
     generations: dict[str, Generation] = field(default_factory=dict)
     bookings: dict[str, Booking] = field(default_factory=dict)
     purchases: dict[str, Purchase] = field(default_factory=dict)
+    allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
+    payments: dict[str, Payment] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
 

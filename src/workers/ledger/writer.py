@@ -1,14 +1,12 @@
 """The only place where a balance changes: moves on lots become an entry and new totals.
 
 Invariants, checked at every write and again by the database: an account's totals equal the sum of its lots,
-nothing is negative, versions have no gaps, and each entry hangs on the one before it by its hash. Time settles
-first: an account is settled before a decision reads it, so that what has lapsed or expired cannot be spent
-whether or not the clock has run (R3, R4, R5).
+nothing is negative, versions have no gaps, and each entry hangs on the one before it by its hash.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from typing import NamedTuple
 from uuid import UUID
@@ -25,7 +23,6 @@ from workers.ledger.model import (
     Kind,
     Lot,
     LotMove,
-    Pinned,
     Purchase,
     Snapshot,
     Usage,
@@ -40,10 +37,13 @@ SPENDING: frozenset[Kind] = frozenset(
 
 @dataclass(slots=True)
 class Transaction:
-    """What belongs together: one cause, one id, drawn only if something is written."""
+    """What belongs together: one cause, one id, drawn only if something is written. A quiet one, such as an old
+    system's history, is no news and raises no alert.
+    """
 
     cause: Cause
     references: Mapping[str, str]
+    quiet: bool = False
     _id: UUID | None = None
     _published: dict[str, str] | None = None
 
@@ -59,6 +59,20 @@ class Transaction:
             self._published = self.cause.published(self.references)
         return self._published
 
+    def at(self, occurred_at: datetime, ids: Ids) -> "Transaction":
+        """The same transaction, for a part of it that has a time of its own."""
+        cause = replace(self.cause, occurred_at=occurred_at)
+        return Transaction(cause, self.references, self.quiet, self.id(ids))
+
+
+def by_time(
+    account: Account, type_: str, id_: str, occurred_at: datetime, references: Mapping[str, str]
+) -> Transaction:
+    """A transaction whose cause is time itself. Its key names the version: a lot may expire in two parts."""
+    return Transaction(
+        Cause(CLOCK, type_, id_, f"{id_}/{account.version + 1}", occurred_at), references
+    )
+
 
 class Move(NamedTuple):
     """Signed credits of one lot's balance, and signed credits of what it holds."""
@@ -70,24 +84,32 @@ class Move(NamedTuple):
 
 @dataclass(slots=True)
 class Writer:
-    """The fold's hand: knows the state, the time of the decision and where new ids come from."""
+    """The fold's hand: knows the state, the time of the decision and where new ids come from.
+
+    Time settles first: `settle` brings an account up to `now` before a decision reads it, so that what has lapsed or
+    expired cannot be spent whether or not the clock has run (R3, R4, R5).
+    """
 
     state: Snapshot
     catalogue: Catalogue
     now: datetime
     ids: Ids
+    settle: "Callable[[Writer, Account], None]"
     entries: list[Entry] = field(default_factory=list)
-    purchases: list[Purchase] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
+    merged: dict[str, str] = field(default_factory=dict)
 
     def account(self, account_id: str) -> Account:
-        """The account, settled. Raises InvariantViolated when the load did not bring it."""
+        """The account, settled; its heir if it was merged (R13). Raises InvariantViolated when it was not loaded."""
         account = self.state.accounts.get(account_id)
+        while account is not None and account.merged_into is not None:
+            account_id = account.merged_into
+            account = self.state.accounts.get(account_id)
         if account is None:
             raise InvariantViolated(f"{account_id} was not loaded and locked")
         if not account.settled:
             account.settled = True
-            self._settle(account)
+            self.settle(self, account)
         return account
 
     # -- writing ------------------------------------------------------------------------------------------
@@ -152,7 +174,8 @@ class Writer:
         )
         account.chain_hash = entry.link
         self.entries.append(entry)
-        self._warn(account, entry)
+        if not transaction.quiet:
+            self._warn(account, entry)
         if (
             min(
                 account.subscription,
@@ -169,7 +192,7 @@ class Writer:
         return entry
 
     def _warn(self, account: Account, entry: Entry) -> None:
-        if entry.debt_delta > 0:
+        if entry.debt_delta > 0 and entry.kind != "merge":
             message = f"{account.account_id} owes {account.debt} credits"
             details = {"debt": account.debt, "opened_by": entry.kind}
             self.alerts.append(
@@ -190,11 +213,19 @@ class Writer:
     @staticmethod
     def _move(account: Account, kind: Kind, move: Move) -> None:
         lot = move.lot
+        was_open = lot.remaining > 0
         lot.remaining += move.amount
         lot.held += move.held
         lot.changed = True
-        if kind == "expiry":
-            lot.expired -= move.amount
+        match kind:
+            case "expiry":
+                lot.expired -= move.amount
+            case "clawback":
+                lot.clawed -= move.amount
+            case "clawback_reversal":
+                lot.clawed -= min(
+                    lot.clawed, move.amount
+                )  # a lot made for what comes back has none
         if (
             not 0 <= lot.held <= lot.remaining <= lot.granted
             or lot.account_id != account.account_id
@@ -202,10 +233,43 @@ class Writer:
             raise InvariantViolated(
                 f"lot {lot.lot_id} of {account.account_id} would be overdrawn by {kind}"
             )
-        if lot.remaining == 0:
+        if was_open and lot.remaining == 0:
             account.lots.remove(lot)
+        elif not was_open and lot.remaining > 0:
+            insort(account.lots, lot, key=Lot.order)
 
     # -- credits in and out -------------------------------------------------------------------------------
+
+    def new_lot(
+        self,
+        account: Account,
+        kind: Kind,
+        pool: Pool,
+        granted: int,
+        *,
+        reference: str,
+        expires_at: datetime | None = None,
+        subscription_id: str | None = None,
+        period_start: datetime | None = None,
+    ) -> Lot:
+        """A lot with nothing in it yet: the entry that moves credits into it makes it real."""
+        lot = Lot(
+            lot_id=next(self.ids),
+            account_id=account.account_id,
+            pool=pool,
+            granted=granted,
+            remaining=0,
+            source_kind=kind,
+            source_reference=reference,
+            granted_version=account.version + 1,
+            granted_at=max(self.now, account.updated_at or self.now),
+            expires_at=expires_at,
+            subscription_id=subscription_id,
+            period_start=period_start,
+            fresh=True,
+        )
+        self.state.lots[lot.lot_id] = lot
+        return lot
 
     def grant(
         self,
@@ -220,29 +284,25 @@ class Writer:
         subscription_id: str | None = None,
         period_start: datetime | None = None,
         carried: Iterable[Move] = (),
+        granted_at: datetime | None = None,
     ) -> Lot:
-        """Make a lot and pay the debt from it (R7). `carried` are unheld credits that older lots hand over (R4)."""
+        """Make a lot and pay the debt from it (R7). `carried` are unheld credits that older lots hand over (R4);
+        `granted_at` is when they fell due, now if none is given: what was alive then pays before it expires.
+        """
         carried = tuple(carried)
         total = credits - sum(move.amount for move in carried)
-        lot = Lot(
-            lot_id=next(self.ids),
-            account_id=account.account_id,
-            pool=pool,
-            granted=total,
-            remaining=0,
-            source_kind=kind,
-            source_reference=reference,
-            granted_version=account.version + 1,
-            granted_at=max(self.now, account.updated_at or self.now),
+        lot = self.new_lot(
+            account,
+            kind,
+            pool,
+            total,
+            reference=reference,
             expires_at=expires_at,
             subscription_id=subscription_id,
             period_start=period_start,
-            fresh=True,
         )
-        self.state.lots[lot.lot_id] = lot
-        insort(account.lots, lot, key=Lot.order)
         self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
-        self._expire(account, lot, self.now)
+        self.expire(account, lot, granted_at or self.now)
         self.pay_debt(account, transaction)
         return lot
 
@@ -278,13 +338,13 @@ class Writer:
 
     def unpin(self, generation: Generation) -> list[Move]:
         """Plan to release every credit that a hold pinned."""
-        return [Move(self.lot(pin), 0, -pin.credits) for pin in generation.pinned]
+        return [Move(self.lot(pin.lot_id), 0, -pin.credits) for pin in generation.pinned]
 
-    def lot(self, pin: Pinned) -> Lot:
-        """The lot of a pin. Raises InvariantViolated when the load did not bring it."""
-        lot = self.state.lots.get(pin.lot_id)
+    def lot(self, lot_id: UUID) -> Lot:
+        """A lot that a business object names. Raises InvariantViolated when the load did not bring it."""
+        lot = self.state.lots.get(lot_id)
         if lot is None:
-            raise InvariantViolated(f"lot {pin.lot_id} of an open hold was not loaded")
+            raise InvariantViolated(f"lot {lot_id} was not loaded")
         return lot
 
     def after_release(
@@ -297,48 +357,60 @@ class Writer:
     ) -> None:
         """What a release sets free may be past its time at that moment, now if none is given, or owed (R4, R7)."""
         for lot in lots:
-            self._expire(account, lot, released_at or self.now)
+            self.expire(account, lot, released_at or self.now)
         self.pay_debt(account, transaction)
 
-    # -- time ---------------------------------------------------------------------------------------------
-
-    def _settle(self, account: Account) -> None:
-        # In the order in which it fell due, so that a late clock decides nothing. Holds before lots is that order
-        # too: a release alone can pay a debt, and beside a debt there is nothing unheld that could expire first.
-        for generation in account.due:
-            if generation.state == "held":
-                self._lapse(account, generation)
-        for lot in list(account.lots):
-            self._expire(account, lot, self.now)
-
-    def _lapse(self, account: Account, generation: Generation) -> None:
-        """A hold past its deadline counts as released (R5)."""
-        deadline = generation.deadline_at or self.now
-        references = {"generation_id": generation.generation_id}
-        transaction = self._time(
-            account, "hold.deadline", generation.generation_id, deadline, references
-        )
-        lots = [self.lot(pin) for pin in generation.pinned]
-        self.write(account, "generation_release", self.unpin(generation), transaction)
-        self.close_hold(generation, "lapsed")
-        self.after_release(account, lots, transaction, released_at=deadline)
-
-    def _expire(self, account: Account, lot: Lot, moment: datetime) -> None:
+    def expire(self, account: Account, lot: Lot, moment: datetime) -> None:
         """Take the unheld remainder of a lot that is past its time at a moment (R4); nothing left: no entry."""
         if lot.expires_at is None or lot.expires_at > moment or lot.unheld <= 0:
             return
         lot_id = str(lot.lot_id)
-        transaction = self._time(account, "lot.expiry", lot_id, lot.expires_at, {"lot_id": lot_id})
+        transaction = by_time(account, "lot.expiry", lot_id, lot.expires_at, {"lot_id": lot_id})
         self.write(account, "expiry", [Move(lot, -lot.unheld, 0)], transaction)
 
-    @staticmethod
-    def _time(
-        account: Account, type_: str, id_: str, occurred_at: datetime, references: Mapping[str, str]
-    ) -> Transaction:
-        """A transaction whose cause is time itself. Its key names the version: a lot may expire in two parts."""
-        return Transaction(
-            Cause(CLOCK, type_, id_, f"{id_}/{account.version + 1}", occurred_at), references
+    # -- what was bought ------------------------------------------------------------------------------------------
+
+    def remember(
+        self,
+        transaction: Transaction,
+        account: Account,
+        key: str,
+        kind: Kind,
+        lot: Lot | None,
+        credits: int,
+        *,
+        subscription_id: str | None = None,
+        plan: str | None = None,
+        period: tuple[datetime, datetime] | None = None,
+        invoice_id: str | None = None,
+        payment_id: str | None = None,
+        paid: int | None = None,
+        month: int | None = None,
+    ) -> Purchase:
+        """Consume a business key (R8b), with all that a later refund or repeat needs. `credits` are those that it bought:
+        what rolled over into its lot is not among them.
+        """
+        purchase = Purchase(
+            purchase_key=key,
+            account_id=account.account_id,
+            kind=kind,
+            lot_id=lot.lot_id if lot else None,
+            credits=credits,
+            transaction_id=transaction.id(self.ids),
+            recorded_at=self.now,
+            catalogue_version=self.catalogue.version,
+            subscription_id=subscription_id,
+            plan=plan,
+            period_start=period[0] if period else None,
+            period_end=period[1] if period else None,
+            invoice_id=invoice_id,
+            payment_id=payment_id,
+            paid=paid,
+            month=month,
+            fresh=True,
         )
+        self.state.purchases[key] = purchase
+        return purchase
 
     # -- bookkeeping of generations, shared by their decisions and by time -------------------------------------
 

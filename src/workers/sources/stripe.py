@@ -58,6 +58,7 @@ StripeId = Annotated[
     Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | None, BeforeValidator(_id_of)
 ]
 Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
+Money = Annotated[int, Field(ge=0, le=10**15)]  # in the currency's smallest unit
 Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
 
 
@@ -86,7 +87,7 @@ class _Session(_Object):
     subscription: StripeId = None
     payment_intent: StripeId = None
     client_reference_id: str | None = None
-    amount_total: Annotated[int, Field(ge=0, le=10**15)] | None = None
+    amount_total: Money | None = None
     metadata: Metadata = Field(default_factory=dict)
     line_items: _LineItems | None = None
 
@@ -169,6 +170,7 @@ class _Invoice(_Object):
     subscription_details: _SubscriptionDetails | None = None
     parent: _Parent | None = None
     payment_intent: StripeId = None
+    amount_paid: Money | None = None
     metadata: Metadata = Field(default_factory=dict)
     lines: _InvoiceLines = _InvoiceLines()
 
@@ -346,6 +348,7 @@ def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Unde
             lines=lines,
             invoice_id=invoice.id,
             payment_id=invoice.payment_intent,
+            paid=invoice.amount_paid,
             references=references,
         )
         return Command(
@@ -390,7 +393,6 @@ def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, 
                 quantity=1 if line.quantity is None else line.quantity,
                 # A coupon leaves the line's amount and discounts it; a trial's line costs nothing (R14).
                 trial=line.amount == 0,
-                paid=line.amount if line.amount is None else max(0, line.amount),
             )
         )
     return tuple(lines)

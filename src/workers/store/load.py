@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from functools import lru_cache
 from typing import TypeAlias
@@ -16,15 +15,21 @@ import orjson
 from workers.ledger.commands import CommandKey
 from workers.ledger.model import (
     Account,
+    Allocation,
     Booking,
+    ClawedPart,
     Decided,
+    Dispute,
     Generation,
     Lot,
+    Payment,
     Pinned,
     Purchase,
+    Refund,
     Snapshot,
     Usage,
 )
+from workers.ledger.reach import Reach
 from workers.store.sql import SQL
 
 Connection: TypeAlias = (
@@ -34,17 +39,6 @@ Connection: TypeAlias = (
 
 class OwnersChanged(Exception):  # noqa: N818 - an instruction: roll back and load anew
     """Between discovery and lock, a merge, a link or a new business object changed whom the batch touches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a batch reads, by name. Accounts are those that commands name; business objects may add others."""
-
-    accounts: frozenset[str]
-    command_keys: Collection[CommandKey]
-    generation_ids: Collection[str]
-    booking_ids: Collection[str]
-    purchase_keys: Collection[str]
 
 
 async def find_identities(
@@ -57,43 +51,69 @@ async def find_identities(
     return sorted((row[0], row[1], row[2]) for row in rows)
 
 
-async def load(connection: Connection, wanted: Wanted) -> tuple[Snapshot, datetime]:
-    """Lock the accounts and read all that is theirs. Returns the snapshot and the time of the decision (R12).
+async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime]:
+    """Lock what a batch touches and read all that is theirs. Returns the snapshot and the time of the decision (R12).
+
+    One order for every writer: payments, then accounts, each by id; what is inserted under a unique key is sorted too.
 
     Raises:
-        OwnersChanged: a business object turned out to touch an account that is not locked.
+        OwnersChanged: a business object turned out to touch an account or a payment that is not locked.
     """
-    accounts = set(wanted.accounts)
-    if wanted.generation_ids or wanted.booking_ids:
-        parties = await connection.fetch(
-            SQL["find_parties"], list(wanted.generation_ids), list(wanted.booking_ids)
-        )
-        accounts.update(row[0] for row in parties)
-    locked = sorted(accounts)
     state = Snapshot()
+    money = await _lock_money(connection, reach.money)
+    named = (reach.accounts, reach.generation_ids, reach.booking_ids, money)
+    parties = await connection.fetch(SQL["find_parties"], *map(list, named)) if any(named) else ()
+    locked = sorted(row[0] for row in parties)
     if locked:
         await connection.execute(SQL["create_accounts"], locked)
         for row in await connection.fetch(SQL["lock_accounts"], locked):
             state.accounts[row["account_id"]] = _account(row)
     now: datetime = await connection.fetchval(SQL["read_clock"])
-    await _load_commands(connection, state, wanted.command_keys)
+    await _load_commands(connection, state, reach.command_keys)
+    if money:
+        await _load_payments(connection, state, money)
+    await _load_purchases(connection, state, reach, money)
     await _load_lots(connection, state, locked)
-    await _load_generations(connection, state, wanted.generation_ids, locked, now)
-    await _load_bookings(connection, state, wanted.booking_ids)
-    await _load_purchases(connection, state, wanted.purchase_keys)
+    await _load_allocations(connection, state, reach, money)
+    await _load_generations(connection, state, reach, locked, now)
+    await _load_bookings(connection, state, reach.booking_ids)
     await _load_usage(connection, state, locked, now)
     _refuse_strangers(state)
     return state, now
 
 
+async def _lock_money(connection: Connection, named: Collection[str]) -> list[str]:
+    """Lock all rows of the money that is named. What is linked to it while we wait shows when we look again."""
+    if not named:
+        return []
+    money = sorted(row[0] for row in await connection.fetch(SQL["find_money"], list(named)))
+    await connection.execute(SQL["create_payments"], money)
+    await connection.fetch(SQL["lock_payments"], money)
+    if len(await connection.fetch(SQL["find_money"], list(named))) != len(money):
+        raise OwnersChanged
+    return money
+
+
+def _heir(state: Snapshot, account_id: str) -> Account:
+    """The account, or whom it was merged into; all of them are locked."""
+    account = state.accounts.get(account_id)
+    while account is not None and account.merged_into is not None:
+        account = state.accounts.get(account.merged_into)
+    if account is None:
+        raise OwnersChanged
+    return account
+
+
 def _refuse_strangers(state: Snapshot) -> None:
     named: Iterable[str | None] = (
+        *state.accounts,
         *(generation.account_id for generation in state.generations.values()),
         *(booking.client for booking in state.bookings.values()),
         *(booking.practitioner for booking in state.bookings.values()),
     )
-    if any(account is not None and account not in state.accounts for account in named):
-        raise OwnersChanged
+    for account_id in named:
+        if account_id is not None:
+            _heir(state, account_id)
 
 
 @lru_cache(maxsize=1024)
@@ -114,7 +134,10 @@ def _account(row: asyncpg.Record) -> Account:
         time_zone=row["time_zone"],
         zone=_zone(row["time_zone"]),
         state=row["state"],
+        merged_into=row["merged_into"],
         registered_at=row["registered_at"],
+        signup_granted=row["signup_granted"],
+        allocate_at=row["allocate_at"],
         # Before the first entry the row's time is its creation, which binds no entry (R12).
         updated_at=row["updated_at"] if row["version"] else None,
     )
@@ -130,22 +153,99 @@ async def _load_commands(
         state.decided[CommandKey(row[0], row[1], row[2])] = Decided(row[3])
 
 
+async def _load_payments(connection: Connection, state: Snapshot, money: list[str]) -> None:
+    for row in await connection.fetch(SQL["load_payments"], money):
+        name, recorded_at = row["payment_id"], row["recorded_at"]
+        refunds = [
+            Refund(
+                refund_id=id_,
+                payment_id=name,
+                amount=amount,
+                status=status,
+                recorded_at=recorded_at,
+            )
+            for id_, amount, status in orjson.loads(row["refunds"] or "[]")
+        ]
+        disputes = [
+            Dispute(
+                dispute_id=id_,
+                payment_id=name,
+                amount=amount,
+                steps=frozenset(steps),
+                recorded_at=recorded_at,
+            )
+            for id_, amount, steps in orjson.loads(row["disputes"] or "[]")
+        ]
+        state.payments[name] = Payment(
+            payment_id=name,
+            recorded_at=recorded_at,
+            invoice_id=row["invoice_id"],
+            charge_id=row["charge_id"],
+            refunded=row["refunded"],
+            refunds={refund.refund_id: refund for refund in refunds},
+            disputes={dispute.dispute_id: dispute for dispute in disputes},
+        )
+
+
+async def _load_purchases(
+    connection: Connection, state: Snapshot, reach: Reach, money: list[str]
+) -> None:
+    named = (reach.purchase_keys, money, reach.subscription_ids)
+    if not any(named):
+        return
+    for row in await connection.fetch(SQL["load_purchases"], *map(list, named)):
+        fields = dict(row)
+        parts = tuple(
+            ClawedPart(source, credits, UUID(lot_id) if lot_id else None)
+            for source, credits, lot_id in orjson.loads(fields.pop("clawed_parts"))
+        )
+        state.purchases[row["purchase_key"]] = Purchase(parts=parts, **fields)
+
+
 async def _load_lots(connection: Connection, state: Snapshot, locked: list[str]) -> None:
-    for row in await connection.fetch(SQL["load_lots"], locked) if locked else ():
+    """The open lots of locked accounts, and those from which a clawback may take or to which it may give back."""
+    named = {
+        lot_id
+        for purchase in state.purchases.values()
+        for lot_id in (purchase.lot_id, *(part.lot_id for part in purchase.parts))
+        if lot_id is not None
+    }
+    if not locked and not named:
+        return
+    for row in await connection.fetch(SQL["load_lots"], locked, list(named)):
         lot = Lot(**row)
         state.lots[lot.lot_id] = lot
-        state.accounts[lot.account_id].lots.append(lot)
+        owner = state.accounts.get(lot.account_id)
+        if owner is not None and lot.remaining > 0:
+            owner.lots.append(lot)
     for account in state.accounts.values():
         account.lots.sort(key=Lot.order)
 
 
-async def _load_generations(
-    connection: Connection, state: Snapshot, ids: Collection[str], locked: list[str], now: datetime
+async def _load_allocations(
+    connection: Connection, state: Snapshot, reach: Reach, money: list[str]
 ) -> None:
-    for row in (
-        await connection.fetch(SQL["load_generations"], list(ids), locked, now)
-        if locked or ids
-        else ()
+    waiting = [
+        account.account_id for account in state.accounts.values() if account.allocate_at is not None
+    ]
+    named = (waiting, reach.subscription_ids, money)
+    if not any(named):
+        return
+    for row in await connection.fetch(SQL["load_allocations"], *map(list, named)):
+        allocation = Allocation(**row)
+        state.allocations[allocation.subscription_id, allocation.period_start] = allocation
+        if allocation.account_id in state.accounts:
+            _heir(state, allocation.account_id).allocations.append(allocation)
+
+
+async def _load_generations(
+    connection: Connection, state: Snapshot, reach: Reach, locked: list[str], now: datetime
+) -> None:
+    if not locked and not reach.generation_ids:
+        return
+    merging = {_heir(state, account_id).account_id for account_id in reach.merging}
+    for row in await connection.fetch(
+        SQL["load_generations"], list(reach.generation_ids), locked, now, list(merging)
     ):
         fields = dict(row)
         allocation = orjson.loads(fields.pop("hold_allocation"))
@@ -155,10 +255,6 @@ async def _load_generations(
         deadline = generation.deadline_at
         if deadline is not None and deadline <= now and generation.account_id in state.accounts:
             state.accounts[generation.account_id].due.append(generation)
-    for account in state.accounts.values():
-        account.due.sort(
-            key=lambda generation: (generation.deadline_at or now, generation.generation_id)
-        )
 
 
 async def _load_bookings(connection: Connection, state: Snapshot, ids: Collection[str]) -> None:
@@ -173,11 +269,6 @@ async def _load_bookings(connection: Connection, state: Snapshot, ids: Collectio
             earning_lot=row["earning_lot"],
             recorded_at=row["recorded_at"],
         )
-
-
-async def _load_purchases(connection: Connection, state: Snapshot, keys: Collection[str]) -> None:
-    for row in await connection.fetch(SQL["load_purchases"], list(keys)) if keys else ():
-        state.purchases[row["purchase_key"]] = Purchase(**row)
 
 
 async def _load_usage(

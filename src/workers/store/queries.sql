@@ -4,11 +4,55 @@
 -- What the mapping table says of these external ids.
 SELECT external_id, provider, owner FROM identities WHERE external_id = ANY($1::text[]);
 
+-- name: find_money
+-- Ids of payments, charges and invoices that speak of the same money as these: through a payment's charge, and through
+-- the invoice that several payments may have paid.
+WITH named AS (
+    SELECT unnest($1::text[]) AS id
+    UNION SELECT payment_id FROM payments WHERE charge_id = ANY($1::text[])
+    UNION SELECT charge_id FROM payments WHERE payment_id = ANY($1::text[]) AND charge_id IS NOT NULL
+    UNION SELECT invoice_id FROM payments WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
+    UNION SELECT invoice_id FROM purchases WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
+)
+SELECT id FROM named
+UNION SELECT p.payment_id FROM named JOIN payments p ON p.invoice_id = named.id
+UNION SELECT p.payment_id FROM named JOIN purchases p ON p.invoice_id = named.id WHERE p.payment_id IS NOT NULL;
+
+-- name: create_payments
+-- On first sight, in the order in which they will be locked.
+INSERT INTO payments (payment_id, recorded_at) SELECT id, clock_timestamp() FROM unnest($1::text[]) AS id
+ORDER BY id COLLATE "C" ON CONFLICT DO NOTHING;
+
+-- name: lock_payments
+-- Whoever speaks of the same money waits here; before accounts, always.
+SELECT payment_id FROM payments WHERE payment_id = ANY($1::text[]) ORDER BY payment_id FOR UPDATE;
+
+-- name: load_payments
+-- Payments of the locked money, with what went back of each.
+SELECT p.payment_id, p.invoice_id, p.charge_id, p.refunded, p.recorded_at,
+       (SELECT jsonb_agg(jsonb_build_array(r.refund_id, r.amount, r.status) ORDER BY r.refund_id)
+        FROM refunds r WHERE r.payment_id = p.payment_id) AS refunds,
+       (SELECT jsonb_agg(jsonb_build_array(d.dispute_id, d.amount, d.steps) ORDER BY d.dispute_id)
+        FROM disputes d WHERE d.payment_id = p.payment_id) AS disputes
+FROM payments p WHERE p.payment_id = ANY($1::text[]);
+
 -- name: find_parties
--- Accounts of business objects that a batch names: they must be locked too.
-SELECT account_id FROM generations WHERE generation_id = ANY($1::text[]) AND account_id IS NOT NULL
-UNION SELECT client_account FROM bookings WHERE booking_id = ANY($2::text[]) AND client_account IS NOT NULL
-UNION SELECT practitioner_account FROM bookings WHERE booking_id = ANY($2::text[]) AND practitioner_account IS NOT NULL;
+-- Every account that must be locked: those named, those of business objects that a batch names, and the heirs of merged
+-- ones.
+WITH RECURSIVE parties AS (
+    SELECT unnest($1::text[]) AS account_id
+    UNION SELECT account_id FROM generations WHERE generation_id = ANY($2::text[]) AND account_id IS NOT NULL
+    UNION SELECT client_account FROM bookings WHERE booking_id = ANY($3::text[]) AND client_account IS NOT NULL
+    UNION SELECT practitioner_account FROM bookings
+          WHERE booking_id = ANY($3::text[]) AND practitioner_account IS NOT NULL
+    UNION SELECT account_id FROM purchases WHERE payment_id = ANY($4::text[])
+    UNION SELECT account_id FROM purchases WHERE invoice_id = ANY($4::text[])
+), heirs AS (
+    SELECT account_id::text COLLATE "C" AS account_id FROM parties
+    UNION SELECT a.merged_into::text COLLATE "C" FROM heirs JOIN accounts a ON a.account_id = heirs.account_id
+          WHERE a.merged_into IS NOT NULL
+)
+SELECT account_id FROM heirs;
 
 -- name: create_accounts
 -- R1: created on first sight, in the order in which they will be locked.
@@ -17,8 +61,8 @@ ON CONFLICT DO NOTHING;
 
 -- name: lock_accounts
 -- One lock order for every writer: by account id.
-SELECT account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, registered_at,
-       updated_at
+SELECT account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, merged_into,
+       registered_at, signup_granted, allocate_at, updated_at
 FROM accounts WHERE account_id = ANY($1::text[]) ORDER BY account_id FOR UPDATE;
 
 -- name: read_clock
@@ -32,13 +76,17 @@ FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (scope, type, key)
 JOIN commands c ON (c.key, c.type, c.scope) = (wanted.key, wanted.type, wanted.scope);
 
 -- name: load_lots
--- The open lots of the locked accounts.
+-- The open lots of the locked accounts, and those that purchases name, open or not.
 SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
-       subscription_id, period_start, granted_version, granted_at
-FROM lots WHERE account_id = ANY($1::text[]) AND open;
+       subscription_id, period_start, granted_version, granted_at, position
+FROM lots WHERE account_id = ANY($1::text[]) AND open
+UNION ALL
+SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
+       subscription_id, period_start, granted_version, granted_at, position
+FROM lots WHERE lot_id = ANY($2::uuid[]) AND NOT (open AND account_id = ANY($1::text[]));
 
 -- name: load_generations
--- The generations that are named, and the holds of locked accounts that are past their deadline.
+-- The generations that are named, and of locked accounts the holds that are past their deadline; of those that merge, all.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations WHERE generation_id = ANY($1::text[])
@@ -46,7 +94,12 @@ UNION ALL
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[])
+UNION ALL
+SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
+       given_back, counted_on, recorded_at
+FROM generations
+WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($4::text[]) AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_bookings
 -- The bookings that are named.
@@ -54,10 +107,22 @@ SELECT booking_id, client_account, practitioner_account, state, credits, given_b
 FROM bookings WHERE booking_id = ANY($1::text[]);
 
 -- name: load_purchases
--- The business keys that are named.
+-- The business keys that are named, what the locked money paid for, and what the subscriptions that are named were
+-- granted: raised periods have keys of their own.
 SELECT purchase_key, account_id, kind, lot_id, credits, subscription_id, plan, period_start, period_end, invoice_id,
-       payment_id, paid, catalogue_version, transaction_id, recorded_at
-FROM purchases WHERE purchase_key = ANY($1::text[]);
+       payment_id, paid, month, clawed, clawed_parts, catalogue_version, transaction_id, recorded_at
+FROM purchases
+WHERE purchase_key = ANY($1::text[]) OR payment_id = ANY($2::text[]) OR invoice_id = ANY($2::text[])
+   OR subscription_id = ANY($3::text[]);
+
+-- name: load_allocations
+-- Yearly periods: those of locked accounts with months to come, and those of the subscriptions and the money that are
+-- named, whether they go on or not.
+SELECT subscription_id, period_start, period_end, account_id, plan, credits, next_month, next_at, invoice_id, payment_id,
+       paid, returned
+FROM allocations
+WHERE (account_id = ANY($1::text[]) AND next_at IS NOT NULL) OR subscription_id = ANY($2::text[])
+   OR invoice_id = ANY($3::text[]) OR payment_id = ANY($3::text[]);
 
 -- name: load_usage
 -- Today's counters whatever the account's zone, and those of the days on which loaded generations were counted.
@@ -68,21 +133,24 @@ WHERE account_id = ANY($1::text[]) AND member_id = '' AND (day >= $2::date - 1 O
 -- The new totals of the accounts that changed, whose rows this transaction has locked.
 UPDATE accounts a
 SET subscription = n.subscription, purchased = n.purchased, held = n.held, debt = n.debt, version = n.version,
-    chain_hash = n.chain_hash, tier = n.tier, time_zone = n.time_zone, registered_at = n.registered_at,
+    chain_hash = n.chain_hash, tier = n.tier, time_zone = n.time_zone, state = n.state, merged_into = n.merged_into,
+    registered_at = n.registered_at, signup_granted = n.signup_granted, allocate_at = n.allocate_at,
     updated_at = coalesce(n.updated_at, a.updated_at)
 FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bytea[], $8::text[],
-            $9::text[], $10::timestamptz[], $11::timestamptz[])
-     AS n (account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, registered_at,
-           updated_at)
+            $9::text[], $10::text[], $11::text[], $12::timestamptz[], $13::boolean[], $14::timestamptz[],
+            $15::timestamptz[])
+     AS n (account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, merged_into,
+           registered_at, signup_granted, allocate_at, updated_at)
 WHERE a.account_id = n.account_id;
 
 -- name: update_lots
--- What remains of lots that were there before.
+-- What remains of lots that were there before, and whose they are: a merge moves them.
 UPDATE lots l
-SET remaining = n.remaining, held = n.held, expired = n.expired, clawed = n.clawed, expires_at = n.expires_at,
-    open = n.remaining > 0
-FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::timestamptz[])
-     AS n (lot_id, remaining, held, expired, clawed, expires_at)
+SET account_id = n.account_id, remaining = n.remaining, held = n.held, expired = n.expired, clawed = n.clawed,
+    expires_at = n.expires_at, granted_version = n.granted_version, position = n.position, open = n.remaining > 0
+FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::timestamptz[],
+            $8::bigint[], $9::int[])
+     AS n (lot_id, account_id, remaining, held, expired, clawed, expires_at, granted_version, position)
 WHERE l.lot_id = n.lot_id;
 
 -- name: update_generations
@@ -102,6 +170,64 @@ WHERE g.generation_id = n.generation_id;
 UPDATE bookings b SET state = n.state, given_back = n.given_back
 FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given_back)
 WHERE b.booking_id = n.booking_id;
+
+-- name: update_purchases
+-- What was clawed back of purchases that were there before.
+UPDATE purchases p SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb
+FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, clawed_parts)
+WHERE p.purchase_key = n.purchase_key;
+
+-- name: update_allocations
+-- Months granted, stopped or raised.
+UPDATE allocations a
+SET account_id = n.account_id, plan = n.plan, credits = n.credits, next_month = n.next_month, next_at = n.next_at,
+    returned = n.returned
+FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::bigint[], $6::int[], $7::timestamptz[],
+            $8::bigint[])
+     AS n (subscription_id, period_start, account_id, plan, credits, next_month, next_at, returned)
+WHERE a.subscription_id = n.subscription_id AND a.period_start = n.period_start;
+
+-- name: update_payments
+-- What was told of payments, whose rows this transaction has locked.
+UPDATE payments p SET invoice_id = n.invoice_id, charge_id = n.charge_id, refunded = n.refunded
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[]) AS n (payment_id, invoice_id, charge_id, refunded)
+WHERE p.payment_id = n.payment_id;
+
+-- name: write_refunds
+-- What is known of refunds.
+INSERT INTO refunds (payment_id, refund_id, amount, status, recorded_at)
+SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
+ON CONFLICT (payment_id, refund_id) DO UPDATE SET amount = excluded.amount, status = excluded.status;
+
+-- name: write_disputes
+-- What is known of disputes; the steps come as one comma-separated text.
+INSERT INTO disputes (payment_id, dispute_id, amount, steps, recorded_at)
+SELECT payment_id, dispute_id, amount, string_to_array(steps, ','), recorded_at
+FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
+     AS n (payment_id, dispute_id, amount, steps, recorded_at)
+ON CONFLICT (payment_id, dispute_id) DO UPDATE SET amount = excluded.amount, steps = excluded.steps;
+
+-- name: merge_purchases
+-- What a merged account bought is its heir's.
+UPDATE purchases p SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE p.account_id = n.source;
+
+-- name: merge_subscriptions
+-- So are its subscriptions.
+UPDATE subscriptions s SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE s.account_id = n.source;
+
+-- name: merge_identities
+-- And every external id that was its own.
+UPDATE identities i SET owner = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE i.owner = n.source;
+
+-- name: forward_merged
+-- A merged account's own id means its heir from now on; one that was mapped otherwise stays as it was.
+INSERT INTO identities (external_id, provider, owner, resolved_by, recorded_at)
+SELECT substr(source, 6), 'user', heir, 'merge', $3
+FROM unnest($1::text[], $2::text[]) AS n (source, heir) WHERE source LIKE 'user:%'
+ORDER BY 1 ON CONFLICT DO NOTHING;
 
 -- name: write_usage
 -- The day's counters.
@@ -203,11 +329,15 @@ SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $3 ORDER BY se
 DELETE FROM outbox WHERE sequence = ANY($1::bigint[]);
 
 -- name: find_due_accounts
--- Accounts that time has done something to: holds past their deadline, lots past their expiry with credits unheld.
+-- Accounts that time has done something to: holds past their deadline, lots past their expiry with credits unheld, months
+-- of yearly periods that have begun.
 -- The clock is read in a subquery, once: a volatile call beside the column would keep the index from being used.
 SELECT account_id FROM generations
 WHERE state = 'held' AND deadline_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
 UNION
 SELECT account_id FROM lots
 WHERE open AND expires_at <= (SELECT clock_timestamp()) AND remaining > held AND account_id <> ALL($2::text[])
+UNION
+SELECT account_id FROM accounts
+WHERE allocate_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
 LIMIT $1;

@@ -214,7 +214,7 @@ SELECT a.account_id, a.version, a.tier, a.subscription, a.purchased, a.held AS a
        coalesce(l.expires_at <= greatest(clock_timestamp(), a.updated_at), false) AS lapsed
 FROM accounts a LEFT JOIN lots l ON l.account_id = a.account_id AND l.open
 WHERE a.account_id = $1
-ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.lot_id
+ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.position, l.lot_id
 """
 
 _SEEN = "SELECT EXISTS (SELECT FROM accounts WHERE account_id = $1)"
@@ -242,7 +242,7 @@ SELECT l.lot_id, l.pool, l.granted, moved.remaining, moved.held, l.expires_at, l
        coalesce(l.expires_at <= $3, false) AS lapsed
 FROM moved JOIN lots l USING (lot_id)
 WHERE moved.remaining > 0
-ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.lot_id
+ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.position, l.lot_id
 """
 
 _ENTRIES = """

@@ -7,7 +7,7 @@ import orjson
 
 from workers.ledger.commands import Link, accounts_of
 from workers.ledger.execute import Decision, Execution
-from workers.ledger.model import Entry, Generation, Lot
+from workers.ledger.model import Entry, Generation, Lot, Purchase
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
 from workers.messages.outbound import Publication, changed, changed_lots
 from workers.store.load import Connection
@@ -37,7 +37,12 @@ BOOKING_COLUMNS = (
 )  # fmt: skip
 PURCHASE_COLUMNS = (
     "purchase_key", "account_id", "kind", "lot_id", "credits", "subscription_id", "plan", "period_start", "period_end",
-    "invoice_id", "payment_id", "paid", "catalogue_version", "transaction_id", "recorded_at",
+    "invoice_id", "payment_id", "paid", "month", "clawed", "clawed_parts", "catalogue_version", "transaction_id",
+    "recorded_at",
+)  # fmt: skip
+ALLOCATION_COLUMNS = (
+    "subscription_id", "period_start", "period_end", "account_id", "plan", "credits", "next_month", "next_at",
+    "invoice_id", "payment_id", "paid", "returned",
 )  # fmt: skip
 OUTBOX_COLUMNS = (
     "id",
@@ -66,17 +71,12 @@ async def record_execution(
         for decision in execution.decisions
         if decision.transaction_id
     ]
-    await _copy(connection, "commands", COMMAND_COLUMNS, commands)
-    await _copy(
-        connection,
-        "purchases",
-        PURCHASE_COLUMNS,
-        ([getattr(row, name) for name in PURCHASE_COLUMNS] for row in execution.purchases),
-    )
-    links = [
+    # Whoever inserts a key that another transaction has inserted waits for it: by key, so that no two wait for each other.
+    await _copy(connection, "commands", COMMAND_COLUMNS, sorted(commands, key=_command_order))
+    links = sorted(
         (link.external_id, link.provider, link.owner, link.resolved_by, execution.now)
         for link in fresh_links
-    ]
+    )
     await _copy(
         connection,
         "identities",
@@ -87,7 +87,11 @@ async def record_execution(
     await _write_lots(connection, execution)
     await _write_generations(connection, execution)
     await _write_bookings(connection, execution)
+    await _write_purchases(connection, execution)
+    await _write_allocations(connection, execution)
+    await _write_payments(connection, execution)
     await _write_usage(connection, execution)
+    await _forward_merged(connection, execution)
     return publications
 
 
@@ -169,6 +173,11 @@ def _command_row(decision: Decision, execution: Execution) -> tuple[Any, ...]:
     )
 
 
+def _command_order(row: Sequence[Any]) -> tuple[str, str, str]:
+    scope, type_, key = row[:3]
+    return key, type_, scope
+
+
 async def _write_accounts(connection: Connection, execution: Execution) -> None:
     changed_accounts = [account for account in execution.state.accounts.values() if account.changed]
     if changed_accounts:
@@ -183,7 +192,11 @@ async def _write_accounts(connection: Connection, execution: Execution) -> None:
                 account.chain_hash,
                 account.tier,
                 account.time_zone,
+                account.state,
+                account.merged_into,
                 account.registered_at,
+                account.signup_granted,
+                account.allocate_at,
                 account.updated_at,
             )
             for account in changed_accounts
@@ -196,7 +209,17 @@ async def _write_lots(connection: Connection, execution: Execution) -> None:
     fresh = (_lot_row(lot) for lot in lots if lot.fresh)
     await _copy(connection, "lots", LOT_COLUMNS, fresh)
     old = [
-        (lot.lot_id, lot.remaining, lot.held, lot.expired, lot.clawed, lot.expires_at)
+        (
+            lot.lot_id,
+            lot.account_id,
+            lot.remaining,
+            lot.held,
+            lot.expired,
+            lot.clawed,
+            lot.expires_at,
+            lot.granted_version,
+            lot.position,
+        )
         for lot in lots
         if lot.changed and not lot.fresh
     ]
@@ -244,7 +267,7 @@ async def _write_generations(connection: Connection, execution: Execution) -> No
             generation.counted_on,
             generation.recorded_at,
         )
-        for generation in generations
+        for generation in sorted(generations, key=lambda one: one.generation_id)
         if generation.fresh
     )
     await _copy(connection, "generations", GENERATION_COLUMNS, fresh)
@@ -285,7 +308,7 @@ async def _write_bookings(connection: Connection, execution: Execution) -> None:
             booking.earning_lot,
             booking.recorded_at,
         )
-        for booking in bookings
+        for booking in sorted(bookings, key=lambda one: one.booking_id)
         if booking.fresh
     )
     await _copy(connection, "bookings", BOOKING_COLUMNS, fresh)
@@ -306,3 +329,105 @@ async def _write_usage(connection: Connection, execution: Execution) -> None:
     ]
     if rows:
         await connection.execute(SQL["write_usage"], *columns(rows))
+
+
+async def _write_purchases(connection: Connection, execution: Execution) -> None:
+    purchases = execution.state.purchases.values()
+    fresh = (
+        [
+            _parts(purchase) if name == "clawed_parts" else getattr(purchase, name)
+            for name in PURCHASE_COLUMNS
+        ]
+        for purchase in sorted(purchases, key=lambda one: one.purchase_key)
+        if purchase.fresh
+    )
+    await _copy(connection, "purchases", PURCHASE_COLUMNS, fresh)
+    old = [
+        (purchase.purchase_key, purchase.clawed, _parts(purchase))
+        for purchase in purchases
+        if purchase.changed and not purchase.fresh
+    ]
+    if old:
+        await connection.execute(SQL["update_purchases"], *columns(old))
+
+
+def _parts(purchase: Purchase) -> str:
+    return orjson.dumps(
+        [[part.source, part.credits, part.lot_id] for part in purchase.parts]
+    ).decode()
+
+
+async def _write_allocations(connection: Connection, execution: Execution) -> None:
+    allocations = execution.state.allocations.values()
+    fresh = (
+        [getattr(allocation, name) for name in ALLOCATION_COLUMNS]
+        for allocation in allocations
+        if allocation.fresh
+    )
+    await _copy(connection, "allocations", ALLOCATION_COLUMNS, fresh)
+    old = [
+        (
+            allocation.subscription_id,
+            allocation.period_start,
+            allocation.account_id,
+            allocation.plan,
+            allocation.credits,
+            allocation.next_month,
+            allocation.next_at,
+            allocation.returned,
+        )
+        for allocation in allocations
+        if allocation.changed and not allocation.fresh
+    ]
+    if old:
+        await connection.execute(SQL["update_allocations"], *columns(old))
+
+
+async def _write_payments(connection: Connection, execution: Execution) -> None:
+    payments = execution.state.payments.values()
+    told = [
+        (payment.payment_id, payment.invoice_id, payment.charge_id, payment.refunded)
+        for payment in payments
+        if payment.changed
+    ]
+    if told:
+        await connection.execute(SQL["update_payments"], *columns(told))
+    refunds = [
+        (refund.payment_id, refund.refund_id, refund.amount, refund.status, refund.recorded_at)
+        for payment in payments
+        for refund in payment.refunds.values()
+        if refund.fresh or refund.changed
+    ]
+    if refunds:
+        await connection.execute(SQL["write_refunds"], *columns(refunds))
+    disputes = [
+        (
+            dispute.payment_id,
+            dispute.dispute_id,
+            dispute.amount,
+            ",".join(sorted(dispute.steps)),
+            dispute.recorded_at,
+        )
+        for payment in payments
+        for dispute in payment.disputes.values()
+        if dispute.fresh or dispute.changed
+    ]
+    if disputes:
+        await connection.execute(SQL["write_disputes"], *columns(disputes))
+
+
+async def _forward_merged(connection: Connection, execution: Execution) -> None:
+    """What is found by its account and was not loaded follows a merge; chains of one batch end at the last heir."""
+    if not execution.merged:
+        return
+    sources = sorted(execution.merged)
+    heirs = []
+    for source in sources:
+        heir = execution.merged[source]
+        while heir in execution.merged:
+            heir = execution.merged[heir]
+        heirs.append(heir)
+    await connection.execute(SQL["merge_purchases"], sources, heirs)
+    await connection.execute(SQL["merge_subscriptions"], sources, heirs)
+    await connection.execute(SQL["merge_identities"], sources, heirs)
+    await connection.execute(SQL["forward_merged"], sources, heirs, execution.now)

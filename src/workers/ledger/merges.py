@@ -1,0 +1,58 @@
+"""Two accounts that turned out to be one person become one (R13)."""
+
+from workers.ledger.commands import MergeAccounts
+from workers.ledger.model import Account
+from workers.ledger.outcomes import APPLIED, Outcome, Rejected
+from workers.ledger.writer import Move, Transaction, Writer
+
+
+def merge_accounts(writer: Writer, action: MergeAccounts, transaction: Transaction) -> Outcome:
+    """Move everything of the source to the target: lots, holds and counters keep their ids, debt settles.
+
+    The source closes at zero and forwards for ever. Refused where both are one already, which is also what keeps merges
+    from forming a circle.
+    """
+    source, target = writer.account(action.source), writer.account(action.target)
+    if source is target:
+        return Rejected("same_account", target.account_id)
+    leaving = [Move(lot, -lot.remaining, -lot.held) for lot in source.lots]
+    debt = source.debt
+    writer.write(source, "merge", leaving, transaction, debt=-debt)
+    arriving = []
+    for position, (lot, credits, held) in enumerate(leaving):
+        lot.account_id = target.account_id
+        lot.granted_version, lot.position = target.version + 1, position
+        arriving.append(Move(lot, -credits, -held))
+    writer.write(target, "merge", arriving, transaction, debt=debt)
+    _hand_over(writer, source, target)
+    source.state, source.merged_into, source.changed = "merged", target.account_id, True
+    writer.merged[source.account_id] = target.account_id
+    writer.pay_debt(target, transaction)
+    return APPLIED
+
+
+def _hand_over(writer: Writer, source: Account, target: Account) -> None:
+    """What else is the source's: holds, the day's counts, months to come, and what it was."""
+    for generation in writer.state.generations.values():
+        if generation.account_id == source.account_id:
+            generation.account_id, generation.changed = target.account_id, True
+    for (account_id, day), usage in list(writer.state.usage.items()):
+        if account_id == source.account_id and usage.generations:
+            taken_over = writer.usage(target.account_id, day)
+            taken_over.generations += usage.generations
+            usage.generations = 0
+            taken_over.changed = usage.changed = True
+    for allocation in source.allocations:
+        allocation.account_id, allocation.changed = target.account_id, True
+    target.allocations += source.allocations
+    source.allocations = []
+    source.plan_months()
+    target.plan_months()
+    if target.tier == "free":
+        target.tier = source.tier
+    if target.time_zone is None:
+        target.time_zone, target.zone = source.time_zone, source.zone
+    known = [moment for moment in (source.registered_at, target.registered_at) if moment]
+    target.registered_at = min(known, default=None)
+    # Once for a person, whichever of the two accounts had it.
+    target.signup_granted = target.signup_granted or source.signup_granted

@@ -1,0 +1,95 @@
+"""What a batch of commands reads, by name, so that one load can bring all of it before anything is decided."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from workers.ledger.catalogue import Catalogue
+from workers.ledger.commands import (
+    Action,
+    BuyPack,
+    CancelBooking,
+    Command,
+    CommandKey,
+    CompleteGeneration,
+    DisputePayment,
+    EndGeneration,
+    ImportCredits,
+    MergeAccounts,
+    PayInvoice,
+    PaymentIds,
+    RefundCharge,
+    RefundGeneration,
+    RefundPayment,
+    RequestBooking,
+    RequestGeneration,
+    Settle,
+    StartPeriods,
+    accounts_of,
+)
+from workers.ledger.periods import period_key
+
+
+@dataclass(slots=True)
+class Reach:
+    """Names only; business objects may add accounts. `money` are Stripe's ids of payments, charges and invoices;
+    `merging` are accounts of which even that is needed which no command names.
+    """
+
+    accounts: set[str] = field(default_factory=set)
+    merging: set[str] = field(default_factory=set)
+    command_keys: set[CommandKey] = field(default_factory=set)
+    generation_ids: set[str] = field(default_factory=set)
+    booking_ids: set[str] = field(default_factory=set)
+    purchase_keys: set[str] = field(default_factory=set)
+    subscription_ids: set[str] = field(default_factory=set)
+    money: set[str] = field(default_factory=set)
+
+
+def reach_of(commands: Iterable[Command], catalogue: Catalogue) -> Reach:
+    """All that deciding these commands reads."""
+    reach = Reach()
+    for command in commands:
+        reach.accounts.update(accounts_of(command.action))
+        if not isinstance(command.action, Settle):
+            reach.command_keys.add(command.cause.command_key)
+        _add(reach, command.action, catalogue)
+    return reach
+
+
+def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C901 - flat: each action and what it reads
+    match action:
+        case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
+            reach.generation_ids.add(action.generation_id)
+        case RequestBooking() | CancelBooking():
+            reach.booking_ids.add(action.booking_id)
+        case BuyPack():
+            reach.purchase_keys.add(action.purchase_key)
+            _add_money(reach, action.payment_id)
+        case StartPeriods():
+            reach.subscription_ids.add(action.subscription_id)
+            reach.purchase_keys.update(
+                period_key(catalogue, action.subscription_id, line) for line in action.lines
+            )
+            _add_money(reach, action.invoice_id, action.payment_id)
+        case PayInvoice():
+            _add_money(reach, *_names(action.payment), action.invoice_id)
+        case RefundPayment() | RefundCharge() | DisputePayment():
+            _add_money(reach, *_names(action.payment))
+        case MergeAccounts():
+            reach.merging.update((action.source, action.target))
+        case ImportCredits():
+            reach.purchase_keys.add(action.import_key)
+            for entry in action.entries:
+                if entry.purchase_key is not None:
+                    reach.purchase_keys.add(entry.purchase_key)
+                _add_money(reach, entry.payment_id)
+        case _:
+            pass
+
+
+def _names(ids: PaymentIds) -> tuple[str | None, ...]:
+    return (ids.payment_id, ids.charge_id)
+
+
+def _add_money(reach: Reach, *ids: str | None) -> None:
+    reach.money.update(id_ for id_ in ids if id_ is not None)
