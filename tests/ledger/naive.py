@@ -205,10 +205,10 @@ class Naive:
         source, target = self.home(source), self.home(target)
         if source == target:
             return "same_account"
-        self.arrivals += 1
-        for grant in self.granted:
-            if grant.who == source:
-                grant.arrived = self.arrivals
+        own = [grant for grant in self.granted if grant.who == source]
+        for grant in [*self.lots(source), *(grant for grant in own if not self.left(grant))]:
+            self.arrivals += 1
+            grant.arrived = self.arrivals
         for thing in [
             *self.granted,
             *self.reserved.values(),
@@ -494,8 +494,6 @@ class Naive:
         """An invoice, by lines of plan, start, end, quantity and whether it is a trial."""
         who = self.home(who)
         bought = self.put_together(subscription, lines)
-        if all(self.sold(line.key, invoice) for line in bought):
-            return "duplicate"
         starts = {line.start for line in bought}
         before = {start: self.granted_for(subscription, start) for start in starts}
         shares = self.share_out(bought, before, invoice)
@@ -504,17 +502,20 @@ class Naive:
             for line, share in zip(bought, shares, strict=True)
             if not self.sold(line.key, invoice) and (share > 0 or not self.sold(line.key))
         ]
-        if not news:
+        told_who_paid = payment is not None and payment not in self.invoice_of
+        if not news and not told_who_paid:
             return "duplicate"
-        if self.too_much(who, sum(shares)):
+        if news and self.too_much(who, sum(shares)):
             return "invalid_amount"
-        if payment is not None:
-            self.invoice_of.setdefault(payment, invoice)
+        if told_who_paid:
+            self.invoice_of[payment] = invoice
         for line, share in news:
             self.start_period(
                 who, subscription, line, share, before[line.start], invoice, payment, paid
             )
-        self.give_months()
+            self.give_months()
+        if told_who_paid:
+            self.look_at_money(payment)
         return "applied"
 
     def put_together(
@@ -531,6 +532,7 @@ class Naive:
             same = [line for line in bought if line.key == key]
             if same:
                 same[0].worth += worth
+                same[0].end = max(same[0].end, end)
             else:
                 bought.append(Line(key, name, start, end, worth))
         return bought
