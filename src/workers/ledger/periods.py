@@ -65,7 +65,7 @@ def start_periods(writer: Writer, action: StartPeriods, transaction: Transaction
     if total and too_much(account, total):
         return Rejected("invalid_amount", account.account_id, total, account.available)
     payment = writer.state.payments[action.payment_id] if action.payment_id else None
-    linked = payment is not None and payments.link_invoice(payment, action.invoice_id)
+    linked = payment is not None and payments.link_invoice(writer, payment, action.invoice_id)
     for period in granting:
         _start(writer, account, action, period, transaction)
     if payment is not None and linked:
@@ -214,7 +214,7 @@ def _start(
         carried = _close_earlier_periods(
             writer, account, action.subscription_id, period, transaction
         )
-    if period.end > writer.now:
+    if period.end > writer.now and (period.credits > 0 or not period.prorated):
         running = (period.start, period.end)
         follow_invoice(writer, account, action.subscription_id, period.plan_name, running)
     kind: Kind = "session_earning" if period.monthly else "subscription_grant"
@@ -284,6 +284,7 @@ def _allocate(writer: Writer, account: Account, subscription_id: str, period: Pe
         fresh=True,
     )
     writer.state.allocations[allocation.allocation_key] = allocation
+    writer.linked.add_allocation(allocation)
     account.allocations.append(allocation)
     payments.follow_with_months(writer, allocation)
 
