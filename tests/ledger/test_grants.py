@@ -282,6 +282,25 @@ def test_a_closed_account_takes_part_in_nothing(action: Action) -> None:
     assert ledger.generations == ledger.bookings == ledger.purchases == {}
 
 
+@pytest.mark.parametrize(
+    ("told", "paid"),
+    [
+        (["manual_fix_required"], buy(1)),
+        (["manual_fix_required"], invoice(line("pro_monthly", *MONTH))),
+        ([], grant(1)),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_a_refused_grant_that_was_paid_for_needs_a_person(told: list[str], paid: Action) -> None:
+    """R11: somebody paid and gets nothing, which is never only a refusal."""
+    ledger = Ledger()
+    ledger.given(grant(10))
+    ledger.accounts[ANN].state = "closed"
+
+    assert ledger.do(paid) == "account_closed"
+    assert ledger.alerted() == told
+
+
 def test_time_passes_on_a_closed_account_too() -> None:
     """Holds lapse and lots expire there as anywhere."""
     ledger = Ledger()
