@@ -122,6 +122,15 @@ def test_a_pack_is_granted_once_for_its_purchase() -> None:
     assert ledger.kinds(ANN) == ["purchase", "purchase"]
 
 
+def test_a_pack_without_a_payment_is_granted_once_too() -> None:
+    """The purchase alone is the business key: no payment need be known to find it again."""
+    ledger = Ledger()
+    ledger.given(buy(100, payment=None, paid=None))
+
+    assert ledger.do(buy(100, payment=None, paid=None)) == "duplicate"
+    assert ledger.money(ANN) == Money(purchased=100)
+
+
 def test_a_purchase_remembers_its_payment() -> None:
     """What a refund needs: payment, price, credits, lot; and the entry names the business ids."""
     ledger = Ledger()
