@@ -316,6 +316,10 @@ class Ledger:
             for row in self.allocations.values()
             if {row.payment_id, row.invoice_id} & money
         }
+        names |= {
+            self.subscriptions[id].account_id
+            for id in reach.subscription_ids & self.subscriptions.keys()
+        }
         for id in reach.generation_ids & self.generations.keys():
             state.generations[id] = _copy(self.generations[id])
             names |= {self.generations[id].account_id} - {None}
