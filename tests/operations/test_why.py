@@ -881,7 +881,13 @@ async def test_any_history_adds_up_now_and_at_every_moment_of_it(
             if spent.thing not in {"transfer", "adjustment"}:
                 assert spent.credits == expected["spent"][key]
         assert why.holds.holds == expected["holds"]
-        assert why.balance == (await reads.account(pool, f"user:{person}")).balance
+        account = await reads.account(pool, f"user:{person}")
+        assert account is not None
+        assert why.balance == account.balance
+        to_be_spent = [lot.lot_id for lot in account.lots]
+        assert [lot.lot_id for lot in why.lots.listed if lot.state != "used_up"] == to_be_spent[
+            : module.LOTS_OPEN_MAX
+        ]
         for moment, told_then in moments:
             past = await told(pool, person, moment)
             adds_up(past)
@@ -1070,6 +1076,24 @@ async def test_an_address_and_an_external_id_answer_for_their_owner(
         assert (await told(pool, asked)).answer_for is None
 
 
+async def test_an_organisation_answers_for_itself_or_as_its_mirror_image(
+    ledger: Ledger, pool: Pool, owner: asyncpg.Connection
+) -> None:
+    """One with credits of its own has a page of its own; one that mirrors its member shows the member's."""
+    shared = event("credits.granted", organization_id="o1", credits=7, pool="purchased", reason="x")
+    await ledger.apply([register("ada"), grant("ada", 5), shared])
+    await owner.execute("""
+        INSERT INTO organisations VALUES ('o2', 'mirror', now(), now());
+        INSERT INTO members (organization_id, user_id) VALUES ('o2', 'ada')
+    """)
+
+    itself, mirror = await told(pool, "org:o1"), await told(pool, "org:o2")
+
+    assert (itself.account_id, itself.balance.total, itself.answer_for) == ("org:o1", 7, None)
+    assert (mirror.account_id, mirror.balance.total) == ("user:ada", 5)
+    assert mirror.answer_for == "org:o2 mirrors its member user:ada"
+
+
 async def test_an_owner_never_seen_has_no_explanation(pool: Pool) -> None:
     """None; and a text that no owner can be is refused."""
     assert await explain(pool, "user:nobody", catalogue=CATALOGUE) is None
@@ -1170,5 +1194,10 @@ async def test_a_journal_too_long_to_sum_is_summed_in_part_and_says_so(
     past = await told(pool, "ada", moment)
     assert (past.lots.listed, past.balance.total, codes(past)) == ([], 35, [])
     assert "lots are not summed" in page(past)
+    await ledger.apply([complete(f"i{n}", "ada", kind="x", credits=1) for n in range(20)])
+    held = await told(pool, "ada", await clock(pool))
+    assert [(hold.what, hold.credits) for hold in held.holds.listed] == [
+        ("holds of long before", 4)
+    ]
     await owner.execute("DELETE FROM lots WHERE granted = 50")
     assert "lots_are_not_the_balance" in codes(await told(pool, "ada"))

@@ -36,9 +36,9 @@ DEBT_CHANGES_MAX = 10
 RECENT_MAX = 10
 PROBLEMS_MAX = 10
 SOURCES_TOLD_MAX = 3
-# A million entries are summed in a few seconds. Of a longer journal the newest are, and the lots' own rows are
-# believed for the rest: `credits audit` proves them.
-ENTRIES_SUMMED_MAX = 1_000_000
+# So many entries are summed in a second or two, and the server ends a statement after ten. Of a longer journal the newest
+# are, and the lots' own rows are believed for the rest: `credits audit` proves them.
+ENTRIES_SUMMED_MAX = 200_000
 # A piece of foreign text in a sentence; whole ids are in the fields beside it.
 TEXT_CHARACTERS_MAX = 100
 
@@ -432,13 +432,14 @@ FROM holds WHERE account_id = $1 ORDER BY deadline_at, generation_id LIMIT $3
 _HELD_THEN = """
 WITH by_generation AS (
     SELECT cause ->> 'generation_id' AS generation_id, sum(held_delta)::bigint AS credits, min(recorded_at) AS since
-    FROM entries WHERE account_id = $1 AND version <= $2 AND held_delta <> 0 AND cause ? 'generation_id'
+    FROM entries
+    WHERE account_id = $1 AND version > $3 AND version <= $2 AND held_delta <> 0 AND cause ? 'generation_id'
     GROUP BY 1 HAVING sum(held_delta) > 0
 )
-SELECT h.*, g.deadline_at, coalesce(g.deadline_at <= $3, false) AS overdue,
+SELECT h.*, g.deadline_at, coalesce(g.deadline_at <= $4, false) AS overdue,
        (sum(h.credits) OVER ())::bigint AS all_credits, count(*) OVER () AS all_holds
 FROM by_generation h LEFT JOIN generations g USING (generation_id)
-ORDER BY h.since, h.generation_id LIMIT $4
+ORDER BY h.since, h.generation_id LIMIT $5
 """
 
 # The changes of what is owed since nothing was.
@@ -625,7 +626,7 @@ async def _holds(scope: _Scope) -> list[asyncpg.Record]:
     if scope.at is None:
         return await scope.connection.fetch(_HELD, scope.name, scope.moment, HOLDS_MAX)
     return await scope.connection.fetch(
-        _HELD_THEN, scope.name, scope.version, scope.moment, HOLDS_MAX
+        _HELD_THEN, scope.name, scope.version, scope.after_version, scope.moment, HOLDS_MAX
     )
 
 
@@ -1083,7 +1084,7 @@ def _why(
         lapsed=lapsed,
         lots=_listed_lots(words, lots),
         spent_on=_spent_on(words, spent),
-        holds=_listed_holds(words, holds, scope.total("held")),
+        holds=_listed_holds(scope, words, holds),
         debt=_debt(words, debt, scope.total("debt")) if scope.total("debt") else None,
         recent=[_recent(words, row) for row in recent],
         summed_from=scope.after_version + 1,
@@ -1158,7 +1159,8 @@ def _spent_on(words: _Words, rows: Sequence[asyncpg.Record]) -> SpentOn:
     )
 
 
-def _listed_holds(words: _Words, rows: Sequence[asyncpg.Record], held: int) -> Holds:
+def _listed_holds(scope: _Scope, words: _Words, rows: Sequence[asyncpg.Record]) -> Holds:
+    held = scope.total("held")
     listed = [
         Held(
             generation_id=row["generation_id"],
@@ -1173,7 +1175,7 @@ def _listed_holds(words: _Words, rows: Sequence[asyncpg.Record], held: int) -> H
     reserved, count = (rows[0]["all_credits"], rows[0]["all_holds"]) if rows else (0, 0)
     folded = reserved - sum(hold.credits for hold in listed)
     if held > reserved:
-        what = "holds that a merge brought"
+        what = "holds of long before" if scope.after_version else "holds that a merge brought"
         unnamed = {"generation_id": None, "since": None, "deadline_at": None}
         listed.append(Held(what=what, credits=held - reserved, **unnamed))
         count += 1
