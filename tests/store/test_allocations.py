@@ -1,9 +1,10 @@
 """The months of a yearly period through the tables and the clock: each once, on whoever's account it is by then (R14)."""
 
 import asyncio
-import json
+import random
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from workers.batch import Report
 from workers.ledger.commands import Settle
 from workers.ledger.model import add_months
+from workers.ledger.outcomes import InvariantViolated
 from workers.store.sql import SQL
 
 from .commands_kit import (
@@ -19,6 +21,7 @@ from .commands_kit import (
     Books,
     at_once,
     command,
+    crowd,
     dispute,
     due,
     give_back,
@@ -28,14 +31,19 @@ from .commands_kit import (
     pool_at,
     problems,
     rows,
+    rows_read,
     set_clock,
     yearly,
 )
-from .kit import SOMEBODY_WAITS, kinds, money, until
+from .kit import SOMEBODY_WAITS, money, until
 
 ANN, BOB = memory.ANN, memory.BOB
 ACCOUNTS = 50_000
 SECOND = timedelta(seconds=1)
+A_REFUNDS_OWN_MONTH_IS_NOT_NETTED = pytest.mark.xfail(
+    strict=True,
+    reason="ledger/payments.py: `follow` lists what was bought before it settles, and misses the month that this grants",
+)
 
 
 def month(number: int) -> datetime:
@@ -182,7 +190,7 @@ async def test_a_merge_at_once_with_the_clock_grants_a_month_once(
 # -- refunds ------------------------------------------------------------------------------------------------------
 
 
-@CLAWED_LOTS_ARE_NOT_WRITTEN
+@A_REFUNDS_OWN_MONTH_IS_NOT_NETTED
 async def test_a_refund_at_once_with_the_clock_is_netted_in_every_month(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -198,26 +206,23 @@ async def test_a_refund_at_once_with_the_clock_is_netted_in_every_month(
             )
         )
     await set_clock(owner, month(1))
-    refunds = [
-        [command(give_back(3000, of=f"pi_{number}", id=f"re_{number}"))] for number in range(40)
+    batches = [
+        [command(action)]
+        for number in range(40)
+        for action in (
+            give_back(3000, of=f"pi_{number}", id=f"re_{number}"),
+            # Settled by name, so that the clock's transaction is as small as the refund's.
+            Settle(f"user:u{number}"),
+        )
     ]
-    clocks = [[command(Settle(f"user:u{number}"))] for number in range(40)]
+    random.Random(17).shuffle(batches)
 
-    # Settled by name, so that each clock's transaction is as small as the refund's.
-    await at_once(books, [one for pair in zip(refunds, clocks, strict=True) for one in pair])
+    await at_once(books, batches)
 
-    causes = await owner.fetch(
-        "SELECT cause ->> 'type' FROM entries WHERE kind = 'session_earning' AND version > 1"
-    )
-    assert len(causes) == 40
     stored = await rows(owner)
+    assert not_on_target(stored) == []
+    assert [row["clawed"] for row in stored["purchases"].values()] == [200] * 80
     assert {row["returned"] for row in stored["allocations"].values()} == {3000}
-    # The month that a refund's own transaction granted is the subject of a test of its own.
-    late = {
-        json.loads(row[0])["idempotency_key"]
-        for row in await owner.fetch("SELECT cause FROM entries WHERE kind = 'session_earning'")
-    }
-    assert late
     assert await problems(owner) == []
 
 
@@ -252,10 +257,7 @@ async def test_a_refund_before_the_invoice_holds_back_every_month(
     assert not_on_target(stored) == []
 
 
-# What follows fails today. -----------------------------------------------------------------------------------------
-
-
-@CLAWED_LOTS_ARE_NOT_WRITTEN
+@A_REFUNDS_OWN_MONTH_IS_NOT_NETTED
 async def test_a_month_that_falls_due_with_a_refund_is_netted_too(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -286,3 +288,132 @@ async def test_a_dispute_that_opens_when_a_month_falls_due_is_told(
 
     assert await granted(owner) == {ANN: [1]}
     assert await owner.fetchval("SELECT count(*) FROM outbox WHERE type = 'credit.alert'") == 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=InvariantViolated,
+    reason="store/record.py: a merge moves purchases, and no allocation but those that the load brought",
+)
+async def test_months_that_were_stopped_follow_a_merge(
+    books: Books, owner: asyncpg.Connection
+) -> None:
+    """All money had gone back, the account merged, the refund failed: the heir is granted what began meanwhile."""
+    await books.given(
+        give_back(12_000, status="pending"), yearly(START), memory.grant(1, to=BOB), merge(ANN, BOB)
+    )
+    await set_clock(owner, month(2))
+
+    assert await books.do(give_back(12_000, status="failed")) == ["applied"]
+
+    assert await granted(owner) == {BOB: [1, 2]}
+    assert await owner.fetchval("SELECT allocate_at FROM accounts WHERE account_id = $1", BOB) == (
+        month(3)
+    )
+    assert await problems(owner) == []
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=asyncpg.UniqueViolationError,
+    reason="store/queries.sql: find_parties does not lock the account of a subscription's allocation, which is written",
+)
+async def test_an_invoice_for_another_account_does_not_undo_what_the_clock_did(
+    books: Books, clocked: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """A year is raised by an invoice that resolves to somebody else, while its month is granted: the month stays granted."""
+    await books.given(yearly(START, payment=None), memory.grant(1, to=BOB))
+    raised = command(yearly(START, to=BOB, id="in_2", payment=None, quantity=2), key="raised")
+    blocker = await clocked.acquire()
+    held = blocker.transaction()
+    await held.start()
+    # Whoever writes the same key waits here, after it has loaded.
+    await blocker.execute(
+        "INSERT INTO commands VALUES ('tests', $1, 'raised', '', 'applied', NULL, NULL, NULL, NULL, $2, now())",
+        raised.cause.type,
+        UUID(int=1),
+    )
+    raising = asyncio.create_task(books.run(raised))
+    await until(owner, SOMEBODY_WAITS)
+    await set_clock(owner, month(1))
+    settling = asyncio.create_task(books.run(command(Settle(ANN))))
+    # Either it is done at once, or it waits as well.
+    await until(
+        owner,
+        "SELECT (SELECT count(*) FROM purchases WHERE month = 1) > 0 OR ("
+        + SOMEBODY_WAITS.replace("> 0", "= 2")
+        + ")",
+    )
+    await held.rollback()
+    await clocked.release(blocker)
+    await asyncio.gather(raising, settling)
+
+    await set_clock(owner, month(2))
+    await books.run(command(Settle(ANN)))
+
+    assert await granted(owner) == {ANN: [1, 2]}
+    assert await problems(owner) == []
+
+
+# -- what it costs ------------------------------------------------------------------------------------------------
+
+
+async def test_the_clock_finds_few_due_accounts_among_many(
+    pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """Of fifty thousand accounts with months to come seven are due: those are read, by the index of their instants."""
+    async with crowd(owner, ACCOUNTS):
+        await owner.execute(
+            "UPDATE accounts SET allocate_at = now() - interval '1 s' WHERE account_id = ANY($1::text[])",
+            [f"user:u{number}" for number in range(1000, 1007)],
+        )
+        async with pool.acquire() as connection:
+            read = await rows_read(connection, "find_due_accounts", 500, [])
+            found = await connection.fetch(SQL["find_due_accounts"], 500, [])
+            plan = "\n".join(
+                row[0]
+                for row in await connection.fetch(
+                    f"EXPLAIN {SQL['find_due_accounts']}", 500, []
+                )
+            )
+
+    assert len(found) == 7
+    assert all(looked <= 20 for looked in read.values()), read
+    assert "accounts_by_allocation" in plan
+    assert "Seq Scan" not in plan
+
+
+async def test_spends_of_an_account_with_months_to_come_stay_hot(
+    books: Books, clocked: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """`allocate_at` is indexed and written with every spend, but changes once a month: no other update touches an index."""
+    await books.given(yearly(START), memory.grant(1000))
+    before = await updates(owner, clocked)
+
+    for _ in range(50):
+        await books.given(memory.adjust(-1))
+
+    after = await updates(owner, clocked)
+    assert (after[0] - before[0], after[1] - before[1]) == (50, 50)
+    await set_clock(owner, month(1))
+    await settled(books)
+    changed = await updates(owner, clocked)
+    # The month moves the instant: this one is not hot, or the count could not tell.
+    assert changed[0] > after[0]
+    assert changed[1] - after[1] < changed[0] - after[0]
+
+
+async def updates(owner: asyncpg.Connection, pool: asyncpg.Pool) -> tuple[int, int]:
+    """Updates of accounts so far, and how many of them were hot. Sessions tell their counts when asked to."""
+    connections = [await pool.acquire() for _ in range(pool.get_size())]
+    for connection in connections:
+        await connection.execute("SELECT pg_stat_force_next_flush()")
+        await connection.execute("SELECT 1")
+    for connection in connections:
+        await pool.release(connection)
+    await owner.execute("SELECT pg_stat_clear_snapshot()")
+    return tuple(
+        await owner.fetchrow(
+            "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relid = 'accounts'::regclass"
+        )
+    )

@@ -273,3 +273,56 @@ async def test_a_storm_of_everything_stays_exact(
     keys = {one.cause.command_key for batch in batches for one in batch}
     assert stored["decided"].keys() == {key for key in keys if key.type != "Settle"}
     assert await deadlocks(owner, pool) == 0
+
+
+# -- by which name ------------------------------------------------------------------------------------------------
+
+
+async def in_two_parts(books: Books) -> None:
+    """An invoice of two thousand, paid by two payments, of one of which a quarter of it had gone back already."""
+    await books.given(
+        pay("pi_1", "in_1", charge="ch_1"),
+        pay("pi_2", "in_1", charge="ch_2"),
+        give_back(500, of="pi_2", id="re_2"),
+        invoice("pi_1"),
+    )
+
+
+async def test_what_goes_back_of_any_payment_of_an_invoice_counts(
+    books: Books, owner: asyncpg.Connection
+) -> None:
+    """The invoice was paid in two parts; a grant that comes last nets what went back of both."""
+    await books.given(give_back(100, of="pi_1", id="re_1"))
+    await in_two_parts(books)
+
+    assert [part for _, part in await clawed(owner)] == [240]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="store/queries.sql: find_money goes from a payment to its invoice, and from a charge no further than its payment",
+)
+async def test_a_refund_by_the_charge_alone_leads_to_all_money_of_the_invoice(
+    books: Books, owner: asyncpg.Connection
+) -> None:
+    """Stripe names the charge where it names no intent: what had gone back of the other payment stays clawed."""
+    await in_two_parts(books)
+
+    await books.given(give_back(100, of="ch_1", id="re_1"))
+
+    assert [part for _, part in await clawed(owner)] == [240]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="ledger/payments.py: _pays knows the charge of a purchase's own payment, not those of the invoice's others",
+)
+async def test_a_refund_by_the_charge_of_another_payment_counts(
+    books: Books, owner: asyncpg.Connection
+) -> None:
+    """The same by the charge of the payment that the purchase does not name: it paid the same invoice."""
+    await in_two_parts(books)
+
+    await books.given(give_back(100, of="ch_2", id="re_3"))
+
+    assert [part for _, part in await clawed(owner)] == [240]
