@@ -94,6 +94,7 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
         (["dead", "replay", "--reason", "bored"], "unresolved"),
         (["dead", "discard", "1"], "credits dead discard --help"),
         (["dead", "discard", "1", "--by-reason", " "], "--by-reason"),
+        (["audit", "--limit", "-1"], "credits audit --help"),
         (["balance", "user:ada", "--at", "yesterday"], "2026-11-21T10:00:00Z"),
         (["balance", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
         (["catalogue", "check", "/no/such/file"], "/no/such/file"),
@@ -107,7 +108,7 @@ def test_wrong_usage_exits_2_with_a_sentence_that_helps(
 
 
 @pytest.mark.parametrize(
-    "command", ["balance user:ada", "entries ada", "dead list", "migrate", "topics"]
+    "command", ["balance user:ada", "entries ada", "audit", "dead list", "migrate", "topics"]
 )
 def test_without_any_stack_the_sentence_says_how_to_have_one(
     capsys: pytest.CaptureFixture[str], command: str
@@ -119,7 +120,9 @@ def test_without_any_stack_the_sentence_says_how_to_have_one(
     assert "CREDITS_DATABASE_URL" in sentence
 
 
-@pytest.mark.parametrize("command", ["balance user:ada", "entries ada", "dead list", "migrate"])
+@pytest.mark.parametrize(
+    "command", ["balance user:ada", "entries ada", "audit", "dead list", "migrate"]
+)
 def test_an_unreachable_database_is_named_without_its_password(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -166,6 +169,7 @@ def test_a_database_without_the_ledger_is_told_to_migrate(
     """A database that was never migrated: exit 2, and the command that mends it."""
     monkeypatch.setenv("CREDITS_DATABASE_URL", empty_database)
     assert "credits migrate" in refused(capsys, "balance", "user:ada")
+    assert "credits migrate" in refused(capsys, "audit")
 
 
 def test_migrate_applies_once(
@@ -198,10 +202,11 @@ def test_an_owner_never_seen_is_a_problem_found(
 ) -> None:
     """Exit 1 with a sentence; an owner that no id can be is wrong usage."""
     monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
-    for command in ("balance", "entries"):
-        assert cli.run([command, "user:nobody"]) == 1
+    for command in ("balance", "entries", "audit --account"):
+        assert cli.run([*command.split(), "user:nobody"]) == 1
         assert "user:nobody was never seen" in capsys.readouterr().err
     assert "user:<id>" in refused(capsys, "balance", "user:two words")
+    assert "user:<id>" in refused(capsys, "audit", "--account", "user:two words")
 
 
 def test_dead_letters_are_looked_at_replayed_and_discarded(
@@ -226,6 +231,35 @@ def test_dead_letters_are_looked_at_replayed_and_discarded(
     assert late == {"discarded": [], "unmoved": unmoved, "left": 0}
     assert cli.run(["dead", "show", "999"]) == 1
     assert "999" in capsys.readouterr().err
+
+
+def test_books_are_audited(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Exit 0 where all invariants hold, 1 with the account and what it should be where one does not."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    answer = answered(capsys, "audit")
+    assert (answer["whole"], answer["findings"]) == (True, [])
+    assert all(one["holds"] for one in answer["invariants"])
+    ghost = "INSERT INTO credits.accounts (account_id, purchased) VALUES ('user:ghost', 7)"
+    asyncio.run(_on(database_url, "execute", ghost))
+    answer = answered(capsys, "audit", "--account", "user:ghost", status=1)
+    assert answer["whole"] is False
+    assert {one["invariant"] for one in answer["findings"]} == {
+        "totals_are_lots",
+        "totals_are_journal",
+    }
+    assert answer["findings"][0] == {
+        "invariant": "totals_are_lots",
+        "account_id": "user:ghost",
+        "subject": "account",
+        "id": "user:ghost",
+        "field": "purchased",
+        "stored": "7",
+        "expected": "0",
+    }
+    assert cli.run(["audit"]) == 1
+    assert "user:ghost: purchased is 7, must be 0" in capsys.readouterr().out
 
 
 def test_a_catalogue_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

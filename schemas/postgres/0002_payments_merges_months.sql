@@ -21,25 +21,26 @@ ALTER TABLE purchases
     ADD COLUMN clawed_parts jsonb NOT NULL DEFAULT '[]',
     ADD CONSTRAINT at_most_what_was_bought_is_clawed CHECK (clawed <= credits);
 
--- The months of a yearly period that was paid for (R14). Keys of what they grant: allocation:<subscription>:<start>:<n>.
+-- The months to come of yearly periods that were paid for (R14). Keys of what they grant: allocation:<subscription>:<start>:<n>.
 CREATE TABLE allocations (
+    allocation_key  text COLLATE "C" PRIMARY KEY,
     subscription_id text COLLATE "C" NOT NULL,
-    period_start    timestamptz NOT NULL,
+    anchor_at       timestamptz NOT NULL,
     period_end      timestamptz NOT NULL,
     account_id      owner_id NOT NULL REFERENCES accounts,
     plan            text NOT NULL,
     credits         bigint NOT NULL CHECK (credits > 0),
     next_month      smallint NOT NULL CHECK (next_month BETWEEN 1 AND 12),
     next_at         timestamptz,
-    invoice_id      text COLLATE "C" NOT NULL,
+    invoice_id      text COLLATE "C",
     payment_id      text COLLATE "C",
     paid            bigint CHECK (paid >= 0),
     returned        bigint NOT NULL DEFAULT 0 CHECK (returned >= 0),
-    PRIMARY KEY (subscription_id, period_start),
-    CONSTRAINT a_month_begins_inside_the_period CHECK (next_at > period_start AND next_at < period_end)
+    CONSTRAINT a_month_begins_inside_the_period CHECK (next_at > anchor_at AND next_at < period_end)
 );
-CREATE INDEX allocations_running_of_account ON allocations (account_id) WHERE next_at IS NOT NULL;
-CREATE INDEX allocations_of_invoice ON allocations (invoice_id);
+CREATE INDEX allocations_of_subscription ON allocations (subscription_id);
+CREATE INDEX allocations_of_account ON allocations (account_id);
+CREATE INDEX allocations_of_invoice ON allocations (invoice_id) WHERE invoice_id IS NOT NULL;
 CREATE INDEX allocations_of_payment ON allocations (payment_id) WHERE payment_id IS NOT NULL;
 
 -- A payment's row is its lock: everything that speaks of the same money waits there for its turn. Invoices have a row of

@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, TypeVar
 from uuid import UUID
 
 import asyncpg
+import orjson
 import structlog
 
 from workers import telemetry
@@ -28,7 +30,7 @@ from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
-from workers.sources import Identities, Ignored, Sources, Understood
+from workers.sources import STRIPE_API, Fetched, Identities, Ignored, Lacking, Sources, Understood
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
 from workers.store.load import Connection, OwnersChanged, find_identities, load
@@ -46,7 +48,7 @@ from workers.store.sql import SQL
 
 log = structlog.get_logger(__name__)
 
-Reading: TypeAlias = Understood | Ignored | Refused
+Reading: TypeAlias = Understood | Ignored | Lacking | Refused
 Result = TypeVar("Result")
 Outcome: TypeAlias = Literal["applied", "rejected", "duplicate", "ignored", "parked", "dead"]
 
@@ -67,12 +69,16 @@ class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
 
 @dataclass(slots=True)
 class Report:
-    """What became of a batch, for logs, metrics and whoever waits for a signal."""
+    """What became of a batch, for logs, metrics and whoever waits for a signal. `kinds` counts entries, `credits` adds up
+    what they changed of balances.
+    """
 
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     rejections: Counter[str] = field(default_factory=Counter)
     dead: Counter[tuple[str, str]] = field(default_factory=Counter)
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    credits: Counter[str] = field(default_factory=Counter)
     entries: int = 0
     published: int = 0
     linked: bool = False
@@ -84,6 +90,8 @@ class Report:
         self.rejections += other.rejections
         self.dead += other.dead
         self.ignored += other.ignored
+        self.kinds += other.kinds
+        self.credits.update(other.credits)  # not +=, which forgets what is negative
         self.entries += other.entries
         self.published += other.published
         self.linked = self.linked or other.linked
@@ -208,11 +216,9 @@ class Ledger:
             publications = await record_execution(connection, execution, ())
             publications += self._alerts(execution.alerts, execution)
             await record_publications(connection, publications)
-        return Report(
-            entries=len(execution.entries),
-            published=len(publications),
-            seconds=time.perf_counter() - started,
-        )
+        report = Report(published=len(publications), seconds=time.perf_counter() - started)
+        _count_entries(report, execution)
+        return report
 
     @staticmethod
     async def _loading_anew(attempt: Callable[[], Awaitable[Result]]) -> Result:
@@ -229,9 +235,9 @@ class Ledger:
 
     # -- the path -----------------------------------------------------------------------------------------------
 
-    def _read(self, work: Work) -> Reading:
+    def _read(self, work: Work, fetched: Fetched = MappingProxyType({})) -> Reading:
         try:
-            return self._sources.read(work.record)
+            return self._sources.read(work.record, fetched)
         except Refused as refused:
             return refused
         except Exception as error:
@@ -293,6 +299,7 @@ class Ledger:
         self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
     ) -> Report:
         """Everything between BEGIN and COMMIT."""
+        readings = await self._read_with_fetched(connection, readings)
         mentioned = {
             id_ for _, read in readings if isinstance(read, Understood) for id_ in read.external_ids
         }
@@ -310,9 +317,13 @@ class Ledger:
         publications = await record_execution(connection, execution, links)
         publications += self._rejections(execution)
         publications += self._alerts([*execution.alerts, *disagreements], execution)
-        await keep_waiting(connection, batch.waiting, deadline_seconds=self._deadline_seconds)
+        parked = await keep_waiting(
+            connection, batch.waiting, deadline_seconds=self._deadline_seconds
+        )
         kept = await keep_dead(connection, batch.dead)
         publications += self._dead_letters(kept, batch.dead, execution)
+        if not self._sources.fetches:
+            publications += self._never_fetched(parked, execution)
         await settle_parked(
             connection,
             [work for work, _ in readings],
@@ -321,6 +332,22 @@ class Ledger:
         )
         await record_publications(connection, publications)
         return _report(batch, execution, published=len(publications), linked=bool(links))
+
+    async def _read_with_fetched(
+        self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
+    ) -> Sequence[tuple[Work, Reading]]:
+        """Read records anew that lack something which was fetched since. What was fetched may lack something too."""
+        fetched: dict[str, Any] = {}
+        asked: set[str] = set()
+        while paths := {read.path for _, read in readings if isinstance(read, Lacking)} - asked:
+            asked |= paths
+            rows = await connection.fetch(SQL["find_fetched"], list(paths))
+            fetched |= {row[0]: orjson.loads(row[1]) for row in rows}
+            readings = [
+                (work, self._read(work, fetched) if isinstance(read, Lacking) else read)
+                for work, read in readings
+            ]
+        return readings
 
     async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
         state, now = await load(connection, reach_of(commands, self._catalogue))
@@ -369,6 +396,24 @@ class Ledger:
                 publications.append(outbound.alert(raised, id_=next(self._ids), now=now))
         return publications
 
+    def _never_fetched(self, parked: Sequence[Wait], execution: Execution) -> list[Publication]:
+        """Somebody paid, and nobody fetches what the event left out."""
+        return [
+            outbound.alert(
+                Alert(
+                    "manual_fix_required",
+                    None,
+                    f"MANUAL FIX REQUIRED: {wait.detail}",
+                    {"topic": wait.work.record.topic, "waits_for": wait.external_id},
+                    {},
+                ),
+                id_=next(self._ids),
+                now=execution.now,
+            )
+            for wait in parked
+            if wait.provider == STRIPE_API
+        ]
+
 
 def _refusal(error: Exception) -> Refused:
     return Refused("database_rejected", describe(error), manual_fix=True)
@@ -382,6 +427,11 @@ def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _
                 batch.dead.append((work, reading))
             case Ignored():
                 batch.ignored.append((work, reading))
+            case Lacking() if work.overdue:
+                refused = Refused("unresolved", reading.detail, manual_fix=True)
+                batch.dead.append((work, refused))
+            case Lacking():
+                batch.waiting.append(Wait(work, STRIPE_API, reading.path, reading.detail))
             case Understood():
                 _resolve(work, reading, identities, batch)
     return batch
@@ -408,7 +458,7 @@ def _fresh_links(
     owners = {(external_id, provider): owner for external_id, provider, owner in known}
     links, disagreements = [], []
     for decision in execution.decisions:
-        for link in decision.command.links if decision.transaction_id is not None else ():
+        for link in decision.links:
             owner = owners.get((link.external_id, link.provider))
             if owner is None:
                 owners[link.external_id, link.provider] = link.owner
@@ -429,8 +479,16 @@ def _published_cause(command: Command) -> dict[str, str]:
     return command.cause.published(references_of(command.action))
 
 
+def _count_entries(report: Report, execution: Execution) -> None:
+    report.entries = len(execution.entries)
+    for entry in execution.entries:
+        report.kinds[entry.kind] += 1
+        report.credits[entry.kind] += entry.subscription_delta + entry.purchased_delta
+
+
 def _report(batch: _Sorted, execution: Execution, *, published: int, linked: bool) -> Report:
-    report = Report(entries=len(execution.entries), published=published, linked=linked)
+    report = Report(published=published, linked=linked)
+    _count_entries(report, execution)
     for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
         name = outcome_name(decision.outcome)
         if name != "conflict":  # counted below, with the other dead letters

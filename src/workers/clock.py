@@ -1,4 +1,4 @@
-"""What time does: holds past their deadline are released, lots past their time expire (R4, R5).
+"""What time does: holds past their deadline are released, lots past their time expire, months are granted (R4, R5, R14).
 
 A decision settles its accounts by itself, so money never waits for this; the clock makes the entry and the event
 appear although nobody asks. Any number of workers may run it: it works on locked accounts, and what is done is
@@ -38,6 +38,11 @@ async def settle_due(ledger: Ledger, on_applied: Callable[[Report], None]) -> in
     while (report := await ledger.settle(ACCOUNTS_MAX)) is not None:
         if report.entries:
             entries += report.entries
-            log.info("settled", entries=report.entries, duration_ms=round(report.seconds * 1000, 1))
+            log.info(
+                "settled",
+                entries=dict(report.kinds),
+                credits=dict(report.credits),
+                duration_ms=round(report.seconds * 1000, 1),
+            )
             on_applied(report)
     return entries

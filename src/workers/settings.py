@@ -39,6 +39,7 @@ class Settings(BaseSettings):
 
     stripe_webhook_secrets: Secrets
     stripe_api_key: Secrets
+    stripe_api_url: str | None = None
 
     http_host: str = "127.0.0.1"
     http_port: Annotated[int | None, Field(ge=0, le=65535)] = None

@@ -31,6 +31,7 @@ from workers.store.failures import classify
 from workers.store.ids import new_ids
 from workers.store.migrations import missing_migrations
 from workers.store.sql import SQL
+from workers.stripe_api import StripeApi, run_fetching
 
 log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
@@ -52,7 +53,12 @@ class Worker:
 
     def __init__(self, settings: Settings, pool: asyncpg.Pool[asyncpg.Record]) -> None:
         catalogue = settings.load_catalogue()
-        sources = Sources(catalogue, settings.webhook_secrets, settings.record_bytes_max)
+        sources = Sources(
+            catalogue,
+            settings.webhook_secrets,
+            settings.record_bytes_max,
+            fetches=settings.stripe_api_key is not None,
+        )
         self._pool = pool
         self._ledger = Ledger(
             pool, sources, catalogue, parked_deadline_seconds=settings.parked_deadline_seconds
@@ -69,16 +75,23 @@ class Worker:
         self._linked = asyncio.Event()
         self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
+        key = settings.stripe_api_key
+        self._stripe = (
+            StripeApi(key.get_secret_value(), url=settings.stripe_api_url) if key else None
+        )
 
     async def start(self) -> None:
         """Begin to consume, publish and keep time. Raises KafkaError when the broker cannot be reached."""
         await self._consumer.start()
-        for name, run in (
-            ("relay", self._relay.run()),
-            ("clock", run_clock(self._ledger, self._applied)),
-            ("parked", self._apply_parked()),
-            ("heartbeat", self._beat()),
-        ):
+        runs = {
+            "relay": self._relay.run(),
+            "clock": run_clock(self._ledger, self._applied),
+            "parked": self._apply_parked(),
+            "heartbeat": self._beat(),
+        }
+        if self._stripe is not None:
+            runs["fetching"] = run_fetching(self._pool, self._stripe)
+        for name, run in runs.items():
             task = asyncio.create_task(run, name=name)
             task.add_done_callback(self._ended)
             self._tasks.append(task)
@@ -131,6 +144,8 @@ class Worker:
                     log.info(
                         "parked_applied",
                         outcomes=outcomes,
+                        entries=dict(report.kinds),
+                        credits=dict(report.credits),
                         duration_ms=round(report.seconds * 1000, 1),
                     )
                     self._applied(report)

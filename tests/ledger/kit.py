@@ -27,12 +27,22 @@ from workers.ledger.commands import (
     Command,
     CommandKey,
     CompleteGeneration,
+    DisputePayment,
+    DisputeStep,
     EndGeneration,
     GrantCredits,
+    ImportCredits,
+    ImportedEntry,
     LinkIdentities,
+    MergeAccounts,
+    PayInvoice,
+    PaymentIds,
     PeriodLine,
     Pool,
+    RefundCharge,
     RefundGeneration,
+    RefundPayment,
+    RefundStatus,
     RegisterUser,
     RequestBooking,
     RequestGeneration,
@@ -40,7 +50,7 @@ from workers.ledger.commands import (
     StartPeriods,
     TransferCredits,
 )
-from workers.ledger.model import Alert, Allocation, Decided, Payment, Usage
+from workers.ledger.model import Alert, Allocation, Decided, Payment, Subscription, Usage
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
 from workers.ledger.reach import reach_of
 
@@ -137,8 +147,9 @@ class Ledger:
     generations: dict[str, Generation] = field(default_factory=dict)
     bookings: dict[str, Booking] = field(default_factory=dict)
     purchases: dict[str, Purchase] = field(default_factory=dict)
-    allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
+    allocations: dict[str, Allocation] = field(default_factory=dict)
     payments: dict[str, Payment] = field(default_factory=dict)
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
     entries: dict[str, list[Entry]] = field(default_factory=dict)
@@ -233,6 +244,7 @@ class Ledger:
             "lots": {key: columns(row) for key, row in self.lot_rows.items()},
             "generations": {key: columns(row) for key, row in self.generations.items()},
             "bookings": {key: columns(row) for key, row in self.bookings.items()},
+            "subscriptions": {key: columns(row) for key, row in self.subscriptions.items()},
             "usage": {key: row.generations for key, row in self.usage.items() if row.generations},
             "purchases": {key: columns(row) for key, row in self.purchases.items()},
             "allocations": {key: columns(row) for key, row in self.allocations.items()},
@@ -272,7 +284,13 @@ class Ledger:
         state, reach = Snapshot(), reach_of(commands, self.catalogue)
         for key in reach.command_keys & self.decided.keys():
             state.decided[key] = self.decided[key]
-        money = self._money(reach.money)
+        changes = {
+            id
+            for row in self.purchases.values()
+            if row.subscription_id in reach.subscription_ids and row.worth is not None
+            for id in (row.payment_id, row.invoice_id)
+        }
+        money = self._money(reach.money | (changes - {None}))
         for id in money:
             known = self.payments.get(id)
             state.payments[id] = (
@@ -289,6 +307,11 @@ class Ledger:
         names |= {
             row.account_id
             for row in state.purchases.values()
+            if {row.payment_id, row.invoice_id} & money
+        }
+        names |= {
+            row.account_id
+            for row in self.allocations.values()
             if {row.payment_id, row.invoice_id} & money
         }
         for id in reach.generation_ids & self.generations.keys():
@@ -329,7 +352,7 @@ class Ledger:
             running = row.account_id in names and row.next_at is not None
             if (
                 running
-                or key[0] in reach.subscription_ids
+                or row.subscription_id in reach.subscription_ids
                 or {row.payment_id, row.invoice_id} & money
             ):
                 state.allocations[key] = _copy(row)
@@ -337,6 +360,11 @@ class Ledger:
                     state.accounts[self.heir(row.account_id)].allocations.append(
                         state.allocations[key]
                     )
+        for key, row in self.subscriptions.items():
+            if reach.subscription_ids and (
+                key in reach.subscription_ids or row.account_id in names
+            ):
+                state.subscriptions[key] = _copy(row)
         for name in names:
             own = [
                 lot for lot in state.lots.values() if lot.account_id == name and lot.remaining > 0
@@ -350,18 +378,16 @@ class Ledger:
         return state
 
     def _money(self, named: set[str]) -> set[str]:
-        """Everything that speaks of the same money."""
+        """Everything that speaks of the same money, however far it is linked."""
         money = set(named)
-        for row in self.payments.values():
-            if {row.payment_id, row.charge_id} & named:
-                money |= {row.payment_id, row.charge_id, row.invoice_id}
-        for row in self.purchases.values():
-            if row.payment_id in named:
-                money.add(row.invoice_id)
-        invoices = money - {None}
-        money |= {row.payment_id for row in self.payments.values() if row.invoice_id in invoices}
-        money |= {row.payment_id for row in self.purchases.values() if row.invoice_id in invoices}
-        return money - {None}
+        links = [
+            {row.payment_id, row.charge_id, row.invoice_id} - {None}
+            for row in self.payments.values()
+        ]
+        links += [{row.payment_id, row.invoice_id} - {None} for row in self.purchases.values()]
+        while more := [link for link in links if link & money and not link <= money]:
+            money = money.union(*more)
+        return money
 
     def _write_back(self, execution: Execution) -> None:
         state = execution.state
@@ -376,6 +402,7 @@ class Ledger:
             (self.bookings, state.bookings),
             (self.purchases, state.purchases),
             (self.allocations, state.allocations),
+            (self.subscriptions, state.subscriptions),
             (self.usage, state.usage),
         ):
             for key, row in rows.items():
@@ -398,7 +425,11 @@ class Ledger:
             assert mark or payment_columns(payment) == payment_columns(stored), key
             self.payments[key] = _copy(payment)
         for source in execution.merged:
-            for row in (*self.purchases.values(), *self.allocations.values()):
+            for row in (
+                *self.purchases.values(),
+                *self.allocations.values(),
+                *self.subscriptions.values(),
+            ):
                 if row.account_id == source:
                     row.account_id = self.heir(source)
         for decision in execution.decisions:
@@ -651,3 +682,50 @@ def invoice(
     """A paid invoice."""
     references = {"subscription_id": subscription, "invoice_id": id}
     return StartPeriods(to, subscription, lines, id, payment, paid, references=references)
+
+
+def pay(*, invoice: str = "in_1", payment: str = "pi_1") -> PayInvoice:
+    """A payment turns out to have paid an invoice."""
+    return PayInvoice(PaymentIds(payment), invoice)
+
+
+def give_money_back(
+    amount: int, *, id: str = "re_1", of: str = "pi_1", status: RefundStatus = "succeeded"
+) -> RefundPayment:
+    """What is told of one refund."""
+    return RefundPayment(PaymentIds(of), id, amount, status)
+
+
+def charge_refunded(refunded: int, *, of: str = "pi_1") -> RefundCharge:
+    """All that was refunded of a charge so far."""
+    return RefundCharge(PaymentIds(of), refunded)
+
+
+def dispute(
+    amount: int, step: DisputeStep = "withdrawn", *, id: str = "dp_1", of: str = "pi_1"
+) -> DisputePayment:
+    """One step of a dispute."""
+    return DisputePayment(PaymentIds(of), id, amount, step)
+
+
+def merge(source: str = BOB, target: str = ANN) -> MergeAccounts:
+    """Bob turns out to be Ann."""
+    return MergeAccounts(source, target, "one person")
+
+
+def imported(
+    credits: int,
+    *,
+    pool: Pool = "purchased",
+    expires_at: datetime | None = None,
+    key: str | None = None,
+    payment: str | None = None,
+    paid: int | None = None,
+) -> ImportedEntry:
+    """One line of an old system's books."""
+    return ImportedEntry("import", pool, credits, START, "row", expires_at, key, payment, paid)
+
+
+def import_books(*entries: ImportedEntry, key: str = "profiles:1", to: str = ANN) -> ImportCredits:
+    """What an old system knew of Ann."""
+    return ImportCredits(to, key, entries)

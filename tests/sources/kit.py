@@ -13,7 +13,7 @@ from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, parse_catalog
 from workers.ledger.commands import Action, Command, Link
 from workers.messages.inbound import TOPIC_TYPES
 from workers.messages.record import Record, Refused
-from workers.sources import Identities, Ignored, Sources, Understood, Waiting
+from workers.sources import Fetched, Identities, Ignored, Lacking, Sources, Understood, Waiting
 
 SECRET = "whsec_tests"
 RECEIVED_AT = datetime(2026, 11, 21, 10, tzinfo=UTC)
@@ -25,17 +25,23 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "stripe-objects.json"
 Rows = list[tuple[str, str, str]]
 
 
-def read(record: Record, catalogue: Catalogue = CATALOGUE) -> Understood | Ignored:
-    """What a worker makes of a record."""
-    return Sources(catalogue, (SECRET,), RECORD_BYTES_MAX).read(record)
+def read(
+    record: Record, catalogue: Catalogue = CATALOGUE, fetched: Fetched | None = None
+) -> Understood | Ignored | Lacking:
+    """What a worker makes of a record; of one that fetches what events leave out, if anything is said of that."""
+    sources = Sources(catalogue, (SECRET,), RECORD_BYTES_MAX, fetches=fetched is not None)
+    return sources.read(record, fetched or {})
 
 
 def built(
-    record: Record, known: Rows = (), catalogue: Catalogue = CATALOGUE
-) -> Command | Waiting | Ignored:
+    record: Record,
+    known: Rows = (),
+    catalogue: Catalogue = CATALOGUE,
+    fetched: Fetched | None = None,
+) -> Command | Waiting | Ignored | Lacking:
     """What becomes of a record with these rows of (external id, provider, owner) in the mapping table."""
-    understood = read(record, catalogue)
-    if isinstance(understood, Ignored):
+    understood = read(record, catalogue, fetched)
+    if isinstance(understood, Ignored | Lacking):
         return understood
     mentioned = [row for row in known if row[0] in understood.external_ids]
     return understood.build(Identities(mentioned))

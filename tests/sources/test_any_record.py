@@ -13,7 +13,7 @@ from workers.messages.inbound import TOPIC_TYPES
 from workers.messages.record import Record, Refused
 from workers.messages.schemas import EXAMPLES
 from workers.sources import Identities, Ignored, Waiting
-from workers.sources.stripe import CHECKOUT_PAID, INVOICE_PAID, LINKING
+from workers.sources.stripe import CHECKOUT_PAID, CUSTOMER, INVOICE_PAID, SUBSCRIPTION_RANK
 
 from .kit import (
     RECEIVED_AT,
@@ -115,7 +115,7 @@ def test_any_structured_envelope_is_survived(envelope: Any) -> None:
 
 @settings(max_examples=300)
 @given(
-    type_=st.sampled_from(sorted(CHECKOUT_PAID | INVOICE_PAID | LINKING)),
+    type_=st.sampled_from(sorted({*CHECKOUT_PAID, *INVOICE_PAID, *CUSTOMER, *SUBSCRIPTION_RANK})),
     object_=broken(
         session(line_items={"data": [{"price": {"id": "price_pack_100"}, "quantity": 2}]})
     )

@@ -94,8 +94,6 @@ def test_what_was_bought_is_told_by_price_then_pack_then_credits(
 @pytest.mark.parametrize(
     ("what", "given"),
     [
-        ("nothing named", {"metadata": {}}),
-        ("no metadata", {"metadata": None}),
         ("no credits", {"metadata": {"credits": "0"}}),
         ("fewer than none", {"metadata": {"credits": "-5"}}),
         ("a part of a credit", {"metadata": {"credits": "1.5"}}),

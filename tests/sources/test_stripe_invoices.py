@@ -1,6 +1,7 @@
 """Paid invoices, in both shapes: which periods of which plan they start, and for whom."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -147,12 +148,16 @@ def prorated_item() -> dict[str, Any]:
         (old_invoice, old_line, old_line(proration=True)),
     ],
 )
-def test_a_proration_starts_no_period(
+def test_a_proration_changes_a_period(
     invoice: Invoice, line: Line, prorated: dict[str, Any]
 ) -> None:
-    """A correction inside a period grants nothing, also where it is all that the invoice has."""
-    assert lines(invoice(prorated, line())) == (LINE,)
-    assert built(stripe(PAID, invoice(prorated)), KNOWN) == Ignored(PAID)
+    """What a correction charges anew may raise its period; what it takes back is of no concern."""
+    assert lines(invoice(prorated, line())) == (replace(LINE, prorated=True), LINE)
+    assert lines(invoice(prorated)) == (replace(LINE, prorated=True),)
+    for amount in (-500, 0):
+        given_back = {**prorated, "amount": amount}
+        assert lines(invoice(given_back, line())) == (LINE,)
+        assert built(stripe(PAID, invoice(given_back)), KNOWN) == Ignored(PAID)
 
 
 @both
@@ -194,18 +199,6 @@ def test_a_plan_that_nobody_knows_calls_a_person(invoice: Invoice, line: Line) -
 
         assert (refused.reason, refused.manual_fix) == ("unresolved", True)
         assert "price_new" in refused.detail
-
-
-@both
-def test_an_invoice_with_more_lines_than_its_event_calls_a_person(
-    invoice: Invoice, line: Line
-) -> None:
-    """Granting a part of what was paid would be silent; the rest must be fetched."""
-    found = {**invoice(), "lines": {"data": [line()], "has_more": True}}
-
-    refused = refusal(stripe(PAID, found), KNOWN)
-
-    assert (refused.reason, refused.manual_fix) == ("unresolved", True)
 
 
 def test_an_invoice_of_no_subscription_is_ignored() -> None:

@@ -39,7 +39,7 @@ BEGIN;
 ALTER TABLE entries DISABLE TRIGGER USER;
 DELETE FROM outbox; DELETE FROM parked; DELETE FROM dead_letters; DELETE FROM lots; DELETE FROM members;
 DELETE FROM entries; DELETE FROM commands; DELETE FROM generations; DELETE FROM bookings; DELETE FROM purchases; DELETE FROM allocations;
-DELETE FROM payments; DELETE FROM refunds; DELETE FROM disputes; DELETE FROM subscriptions; DELETE FROM customers;
+DELETE FROM payments; DELETE FROM refunds; DELETE FROM disputes; DELETE FROM subscriptions; DELETE FROM customers; DELETE FROM stripe_objects;
 DELETE FROM identities; DELETE FROM organisations; DELETE FROM usage_days; DELETE FROM heartbeats;
 DELETE FROM accounts;
 ALTER TABLE entries ENABLE ALWAYS TRIGGER entries_are_append_only;

@@ -207,9 +207,10 @@ def ledger_over(
     *,
     catalogue: Catalogue = CATALOGUE,
     parked_seconds: int = PARKED_SECONDS,
+    fetches: bool = False,
 ) -> Ledger:
     """The ledger as a worker builds it."""
-    sources = Sources(catalogue, (SECRET,), RECORD_BYTES_MAX)
+    sources = Sources(catalogue, (SECRET,), RECORD_BYTES_MAX, fetches=fetches)
     return Ledger(pool, sources, catalogue, parked_deadline_seconds=parked_seconds)
 
 

@@ -25,10 +25,12 @@ INSERT INTO payments (payment_id, recorded_at) VALUES ('pi_1', now());
 INSERT INTO refunds (payment_id, refund_id, amount, status, recorded_at) VALUES ('pi_1', 're_1', 5, 'pending', now());
 INSERT INTO disputes (payment_id, dispute_id, amount, steps, recorded_at)
     VALUES ('pi_1', 'du_1', 5, '{opened,withdrawn}', now());
-INSERT INTO allocations (subscription_id, period_start, period_end, account_id, plan, credits, next_month, next_at, invoice_id)
-    VALUES ('sub_1', '2026-11-01', '2027-11-01', 'user:ann', 'pro_yearly', 800, 1, '2026-12-01', 'in_1');
+INSERT INTO allocations (allocation_key, subscription_id, anchor_at, period_end, account_id, plan, credits, next_month,
+                         next_at, invoice_id)
+    VALUES ('allocation:sub_1', 'sub_1', '2026-11-01', '2027-11-01', 'user:ann', 'pro_yearly', 800, 1, '2026-12-01', 'in_1');
 INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_1', 'active', now(), now());
 INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(), now());
+INSERT INTO stripe_objects VALUES ('invoices/in_1', '{}', now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
 INSERT INTO members VALUES ('o1', 'ann');
 INSERT INTO heartbeats VALUES (gen_random_uuid(), 1, '{}', now(), now());
@@ -89,9 +91,10 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "purchases_pkey": ("purchases", "true", {}),
     "purchases_paid_check": ("purchases", "true", {"paid": -1}),
     "purchases_month_check": ("purchases", "true", {"month": 12}),
+    "purchases_worth_check": ("purchases", "true", {"worth": -1}),
     "at_most_what_was_bought_is_clawed": ("purchases", "true", {"clawed": 10**6}),
     "allocations_pkey": ("allocations", "true", {}),
-    "allocations_account_id_fkey": ("allocations", "true", {"subscription_id": "sub_2", "account_id": "user:nobody"}),
+    "allocations_account_id_fkey": ("allocations", "true", {"allocation_key": "another", "account_id": "user:nobody"}),
     "allocations_credits_check": ("allocations", "true", {"credits": 0}),
     "allocations_next_month_check": ("allocations", "true", {"next_month": 13}),
     "allocations_paid_check": ("allocations", "true", {"paid": -1}),
@@ -107,6 +110,7 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "disputes_amount_check": ("disputes", "true", {"amount": -1}),
     "subscriptions_pkey": ("subscriptions", "true", {}),
     "customers_pkey": ("customers", "true", {}),
+    "stripe_objects_pkey": ("stripe_objects", "true", {}),
     "identities_pkey": ("identities", "true", {}),
     "organisations_pkey": ("organisations", "true", {}),
     "organisations_mode_check": ("organisations", "true", {"mode": "solo"}),

@@ -30,6 +30,7 @@ WORKER = {
     "refunds": "SELECT INSERT UPDATE",
     "disputes": "SELECT INSERT UPDATE",
     "subscriptions": "SELECT INSERT UPDATE",
+    "stripe_objects": "SELECT INSERT",
     "customers": "SELECT INSERT UPDATE",
     "identities": "SELECT INSERT UPDATE",
     "organisations": "SELECT INSERT UPDATE",

@@ -69,12 +69,15 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An external id that this command says belongs to an owner (R13)."""
+    """An external id that this command says belongs to an owner (R13). `itself` is the account that the id was taken for
+    as long as nobody had said so; None for ids that never are a user's.
+    """
 
     provider: str
     external_id: str
     owner: str
     resolved_by: str
+    itself: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +180,16 @@ class BuyPack:
 
 @dataclass(frozen=True, slots=True)
 class PeriodLine:
-    """One line of a paid invoice that buys a plan for a period."""
+    """One line of a paid invoice that buys a plan for a period. A prorated one changes a period that runs already, from
+    `period_start` to its end.
+    """
 
     plan: str
     period_start: datetime
     period_end: datetime
     quantity: int
     trial: bool
+    prorated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +205,30 @@ class StartPeriods:
     payment_id: str | None = None
     paid: int | None = None
     references: dict[str, str] = field(default_factory=dict)
+
+
+class AsOf(NamedTuple):
+    """When something was so: Stripe's time has a resolution of a second, so the kind of event and its id decide ties."""
+
+    moment: datetime
+    rank: int
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSubscription:
+    """What a subscription is as of a moment; what is older than what is known changes nothing. `metadata` is JSON."""
+
+    account: str
+    subscription_id: str
+    as_of: AsOf
+    status: str
+    plan: str | None
+    customer_id: str | None = None
+    period_start: datetime | None = None
+    period_end: datetime | None = None
+    cancel_at: datetime | None = None
+    metadata: str = "{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +356,7 @@ Action: TypeAlias = (
     | ImportCredits
     | BuyPack
     | StartPeriods
+    | RecordSubscription
     | PayInvoice
     | RefundPayment
     | RefundCharge

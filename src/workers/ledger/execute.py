@@ -6,7 +6,16 @@ from datetime import datetime
 from typing import assert_never
 from uuid import UUID
 
-from workers.ledger import bookings, generations, grants, imports, merges, payments, periods
+from workers.ledger import (
+    bookings,
+    generations,
+    grants,
+    imports,
+    merges,
+    payments,
+    periods,
+    subscriptions,
+)
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import (
     Action,
@@ -19,9 +28,11 @@ from workers.ledger.commands import (
     EndGeneration,
     GrantCredits,
     ImportCredits,
+    Link,
     LinkIdentities,
     MergeAccounts,
     PayInvoice,
+    RecordSubscription,
     RefundCharge,
     RefundGeneration,
     RefundPayment,
@@ -41,11 +52,14 @@ from workers.ledger.writer import Transaction, Writer
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How one command ended. A transaction's id means that it was decided now, not answered from memory."""
+    """How one command ended. A transaction's id means that it was decided now, not answered from memory; `links` are
+    those of its links that may stand.
+    """
 
     command: Command
     outcome: Outcome
     transaction_id: UUID | None
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,21 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
     transaction = Transaction(command.cause, references_of(command.action))
     outcome = _closed(writer, command.action) or decide(writer, command.action, transaction)
     writer.state.decided[key] = Decided(command.fingerprint)
-    return Decision(command, outcome, transaction.id(writer.ids))
+    links: tuple[Link, ...] = ()
+    if not isinstance(outcome, Rejected):
+        links = tuple(link for link in command.links if merges.take_in(writer, link, transaction))
+    elif isinstance(command.action, BuyPack | StartPeriods):
+        _tell_of_failed_grant(writer, outcome, transaction)
+    return Decision(command, outcome, transaction.id(writer.ids), links)
+
+
+def _tell_of_failed_grant(writer: Writer, refused: Rejected, transaction: Transaction) -> None:
+    """Somebody paid and gets nothing: never silently (R11)."""
+    message = f"MANUAL FIX REQUIRED: what was paid for could not be granted: {refused.reason}"
+    details = {"reason": refused.reason, "credits": refused.required, **transaction.references}
+    writer.alerts.append(
+        Alert("manual_fix_required", refused.account, message, details, transaction.published())
+    )
 
 
 def _settle(writer: Writer, action: Settle) -> Outcome:
@@ -135,6 +163,8 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             return imports.import_credits(writer, action, transaction)
         case StartPeriods():
             return periods.start_periods(writer, action, transaction)
+        case RecordSubscription():
+            return subscriptions.record_subscription(writer, action, transaction)
         case PayInvoice():
             return payments.pay_invoice(writer, action, transaction)
         case RefundPayment():
@@ -159,7 +189,9 @@ def references_of(action: Action) -> dict[str, str]:
         case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
         case MergeAccounts():
-            return {"merged_account": action.source}
+            return {"merged_account": action.source, "merged_into": action.target}
+        case RecordSubscription():
+            return {"subscription_id": action.subscription_id}
         case PayInvoice():
             return {"payment_id": action.payment.payment_id, "invoice_id": action.invoice_id}
         case RefundPayment():

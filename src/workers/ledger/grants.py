@@ -131,5 +131,5 @@ def buy_pack(writer: Writer, action: BuyPack, transaction: Transaction) -> Outco
         payment_id=action.payment_id,
         paid=action.paid,
     )
-    payments.net(writer, account, purchase, transaction)
+    payments.net(writer, purchase, transaction)
     return APPLIED

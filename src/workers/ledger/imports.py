@@ -18,6 +18,9 @@ def import_credits(writer: Writer, action: ImportCredits, transaction: Transacti
         return DUPLICATE
     account = writer.account(action.account)
     news = [entry for entry in action.entries if not _is_known(writer, entry)]
+    # These kinds say that credits left: what comes in under them would count as gone.
+    if any(entry.credits > 0 and entry.kind in {"expiry", "clawback"} for entry in news):
+        return Rejected("invalid_amount", account.account_id, None, account.available)
     inflow = sum(entry.credits for entry in news if entry.credits > 0)
     if inflow and too_much(account, inflow):
         return Rejected("invalid_amount", account.account_id, inflow, account.available)
@@ -49,6 +52,8 @@ def _import(
             reference=entry.reference,
             expires_at=entry.expires_at,
         )
+        if entry.kind == "signup_grant":
+            account.signup_granted = account.changed = True
     else:
         taken = min(-entry.credits, account.available)
         debt = -entry.credits - taken
@@ -64,4 +69,4 @@ def _import(
             payment_id=entry.payment_id,
             paid=entry.paid,
         )
-        payments.net(writer, account, purchase, transaction)
+        payments.net(writer, purchase, transaction)

@@ -1,7 +1,7 @@
 """Two accounts that turned out to be one person become one (R13)."""
 
-from workers.ledger.commands import MergeAccounts
-from workers.ledger.model import Account
+from workers.ledger.commands import Link, MergeAccounts
+from workers.ledger.model import Account, Alert
 from workers.ledger.outcomes import APPLIED, Outcome, Rejected
 from workers.ledger.writer import Move, Transaction, Writer
 
@@ -15,6 +15,47 @@ def merge_accounts(writer: Writer, action: MergeAccounts, transaction: Transacti
     source, target = writer.account(action.source), writer.account(action.target)
     if source is target:
         return Rejected("same_account", target.account_id)
+    _merge(writer, source, target, transaction)
+    return APPLIED
+
+
+def take_in(writer: Writer, link: Link, transaction: Transaction) -> bool:
+    """An id that was taken for a user turns out to be another's: what it had gathered moves there (R13).
+
+    False where the id has signed up as a person of its own: that is for a person to decide, and the id stays unlinked.
+    """
+    if link.itself is None or writer.state.accounts[link.itself].merged_into is not None:
+        return True
+    source, target = writer.account(link.itself), writer.account(link.owner)
+    if source is target or target.state != "open":
+        return True
+    if source.registered_at is not None or source.state != "open":
+        message = (
+            f"{link.resolved_by} says that {link.provider} id of {source.account_id} belongs to {target.account_id}, "
+            "and both have signed up: merge them by hand if they are one person"
+        )
+        details = {
+            "provider": link.provider,
+            "known_owner": source.account_id,
+            "claimed_owner": target.account_id,
+        }
+        alert = Alert(
+            "identity_disagreement",
+            source.account_id,
+            message,
+            details,
+            transaction.published(),
+        )
+        writer.alerts.append(alert)
+        return False
+    if source.version == 0:
+        _forward(writer, source, target)  # it never had anything: there is nothing to tell
+    else:
+        _merge(writer, source, target, transaction)
+    return True
+
+
+def _merge(writer: Writer, source: Account, target: Account, transaction: Transaction) -> None:
     leaving = [Move(lot, -lot.remaining, -lot.held) for lot in source.lots]
     debt = source.debt
     writer.write(source, "merge", leaving, transaction, debt=-debt)
@@ -24,17 +65,21 @@ def merge_accounts(writer: Writer, action: MergeAccounts, transaction: Transacti
         lot.granted_version, lot.position = target.version + 1, position
         arriving.append(Move(lot, -credits, -held))
     writer.write(target, "merge", arriving, transaction, debt=debt)
-    _hand_over(writer, source, target)
-    source.state, source.merged_into, source.changed = "merged", target.account_id, True
-    writer.merged[source.account_id] = target.account_id
+    _forward(writer, source, target)
     writer.pay_debt(target, transaction)
-    return APPLIED
+
+
+def _forward(writer: Writer, source: Account, target: Account) -> None:
+    _hand_over(writer, source, target)
+    source.state, source.merged_into = "merged", target.account_id
+    source.changed = target.changed = True
+    writer.merged[source.account_id] = target.account_id
 
 
 def _hand_over(writer: Writer, source: Account, target: Account) -> None:
     """What else is the source's: holds, the day's counts, months to come, and what it was."""
     for generation in writer.state.generations.values():
-        if generation.account_id == source.account_id:
+        if generation.state == "held" and generation.account_id == source.account_id:
             generation.account_id, generation.changed = target.account_id, True
     for (account_id, day), usage in list(writer.state.usage.items()):
         if account_id == source.account_id and usage.generations:
@@ -42,6 +87,9 @@ def _hand_over(writer: Writer, source: Account, target: Account) -> None:
             taken_over.generations += usage.generations
             usage.generations = 0
             taken_over.changed = usage.changed = True
+    for subscription in writer.state.subscriptions.values():
+        if subscription.account_id == source.account_id:
+            subscription.account_id, subscription.changed = target.account_id, True
     for allocation in source.allocations:
         allocation.account_id, allocation.changed = target.account_id, True
     target.allocations += source.allocations

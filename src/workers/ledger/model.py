@@ -14,7 +14,7 @@ from uuid import UUID
 
 import orjson
 
-from workers.ledger.commands import CommandKey, DisputeStep, Pool, RefundStatus
+from workers.ledger.commands import AsOf, CommandKey, DisputeStep, Pool, RefundStatus
 
 Kind: TypeAlias = Literal[
     "signup_grant",
@@ -198,8 +198,8 @@ class ClawedPart(NamedTuple):
 class Purchase:
     """Something granted once, under its business key (R8b), and what was clawed back of it (R7).
 
-    `paid` is all that was paid for what it is a part of; `month` numbers the months of a yearly period (R14); `clawed`
-    is the sum of `parts`, the latest last.
+    `paid` is all that was paid for what it is a part of; `month` numbers the months of a yearly period; `worth`
+    are the credits that a change of plan within a period raises it to (R14); `clawed` is the sum of `parts`, the latest last.
     """
 
     purchase_key: str
@@ -218,29 +218,37 @@ class Purchase:
     payment_id: str | None = None
     paid: int | None = None
     month: int | None = None
+    worth: int | None = None
     clawed: int = 0
     parts: tuple[ClawedPart, ...] = ()
     fresh: bool = False
     changed: bool = False
 
+    @property
+    def prorated(self) -> bool:
+        """Whether it changed a period that another purchase began."""
+        return self.worth is not None
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Allocation:
-    """The months of a yearly period that was paid for (R14): `next_month` of them were granted, each of `credits`.
+    """Months to come that one invoice paid for (R14): `next_month` of the year were granted, each of `credits`.
 
-    `next_at` is None when none will follow: all were granted, or all that was paid has gone back. `returned` is what
-    has gone back of what was paid, kept here so that a month nets it under its account's lock alone.
+    Months are counted from `anchor_at`, the start of the yearly period. `next_at` is None when none will follow: all were
+    granted, or all that was paid has gone back. `returned` is what has gone back of what was paid, kept here so that a
+    month nets it under its account's lock alone.
     """
 
+    allocation_key: str
     subscription_id: str
-    period_start: datetime
+    anchor_at: datetime
     period_end: datetime
     account_id: str
     plan: str
     credits: int
     next_month: int
     next_at: datetime | None
-    invoice_id: str
+    invoice_id: str | None
     payment_id: str | None = None
     paid: int | None = None
     returned: int = 0
@@ -248,11 +256,29 @@ class Allocation:
     changed: bool = False
 
     def instant(self, month: int) -> datetime | None:
-        """When a month begins: counted from the period's start, never from elapsed days; None beyond the last."""
+        """When a month begins: counted from the anchor, never from elapsed days; None beyond the last."""
         if month >= MONTHS:
             return None
-        instant = add_months(self.period_start, month)
+        instant = add_months(self.anchor_at, month)
         return instant if instant < self.period_end else None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Subscription:
+    """What is known of a subscription: whose it is, its plan and status, as of Stripe's latest word."""
+
+    subscription_id: str
+    account_id: str
+    as_of: AsOf
+    status: str
+    recorded_at: datetime
+    plan: str | None = None
+    customer_id: str | None = None
+    period_start: datetime | None = None
+    period_end: datetime | None = None
+    cancel_at: datetime | None = None
+    metadata: str = "{}"
+    changed: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -280,13 +306,6 @@ class Dispute:
     fresh: bool = False
     changed: bool = False
 
-    @property
-    def counts(self) -> bool:
-        """Whether its money is gone: lost, or withdrawn and neither reinstated nor won (R7)."""
-        if "lost" in self.steps:
-            return True
-        return "withdrawn" in self.steps and self.steps.isdisjoint({"reinstated", "won"})
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Payment:
@@ -300,16 +319,6 @@ class Payment:
     refunds: dict[str, Refund] = field(default_factory=dict)
     disputes: dict[str, Dispute] = field(default_factory=dict)
     changed: bool = False
-
-    @property
-    def returned(self) -> int:
-        """What went back. The cumulative figure counts only while no single refund is known."""
-        refunds = (
-            sum(refund.amount for refund in self.refunds.values() if refund.status != "failed")
-            if self.refunds
-            else self.refunded
-        )
-        return refunds + sum(dispute.amount for dispute in self.disputes.values() if dispute.counts)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -427,8 +436,9 @@ class Snapshot:
     generations: dict[str, Generation] = field(default_factory=dict)
     bookings: dict[str, Booking] = field(default_factory=dict)
     purchases: dict[str, Purchase] = field(default_factory=dict)
-    allocations: dict[tuple[str, datetime], Allocation] = field(default_factory=dict)
+    allocations: dict[str, Allocation] = field(default_factory=dict)
     payments: dict[str, Payment] = field(default_factory=dict)
+    subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from workers.ledger.commands import (
     DisputePayment,
+    DisputeStep,
     PayInvoice,
     PaymentIds,
     RefundCharge,
@@ -74,8 +75,9 @@ def dispute_payment(writer: Writer, action: DisputePayment, transaction: Transac
     """Remember a step of a dispute. Its opening moves nothing: it alerts."""
     payment = _payment(writer, action.payment)
     dispute = payment.disputes.get(action.dispute_id)
+    news = dispute is None or action.step not in dispute.steps
     if dispute is None:
-        dispute = payment.disputes[action.dispute_id] = Dispute(
+        payment.disputes[action.dispute_id] = Dispute(
             dispute_id=action.dispute_id,
             payment_id=payment.payment_id,
             amount=action.amount,
@@ -87,27 +89,22 @@ def dispute_payment(writer: Writer, action: DisputePayment, transaction: Transac
         dispute.amount = action.amount
         dispute.steps |= {action.step}
         dispute.changed = True
-    if action.step == "opened":
+    if news and action.step == "opened":
         _tell_of_dispute(writer, payment, action, transaction)
     follow(writer, payment, transaction)
     return APPLIED
 
 
-def net(writer: Writer, account: Account, purchase: Purchase, transaction: Transaction) -> None:
+def net(writer: Writer, purchase: Purchase, transaction: Transaction) -> None:
     """Right after a grant: what had gone back of its money before it was known is clawed back now."""
-    move_to(writer, account, purchase, _returned(writer, purchase), transaction)
+    _move_up(writer, purchase, transaction)
 
 
-def move_to(
-    writer: Writer, account: Account, purchase: Purchase, returned: int, transaction: Transaction
-) -> None:
-    """Move what is clawed of a purchase to its target, up or down: its share of what was `returned`."""
-    paid = purchase.paid or 0
-    target = purchase.credits * min(returned, paid) // paid if paid else 0
-    if target > purchase.clawed:
-        _claw(writer, account, purchase, target - purchase.clawed, transaction)
-    elif target < purchase.clawed:
-        _restore(writer, account, purchase, purchase.clawed - target, transaction)
+def net_month(writer: Writer, purchase: Purchase, returned: int, transaction: Transaction) -> None:
+    """The same for a month, which knows what was `returned` without its payment."""
+    missing = _target(purchase, returned) - purchase.clawed
+    if missing > 0:
+        _claw(writer, writer.account(purchase.account_id), purchase, missing, transaction)
 
 
 def link_invoice(payment: Payment, invoice_id: str) -> bool:
@@ -119,22 +116,19 @@ def link_invoice(payment: Payment, invoice_id: str) -> bool:
 
 
 def follow(writer: Writer, payment: Payment, transaction: Transaction) -> None:
-    """Let everything that the payment paid for follow it, in the order in which it was bought."""
-    payments = writer.state.payments
-    bought = [
-        purchase
-        for purchase in writer.state.purchases.values()
-        if purchase.lot_id is not None and _pays(payment, purchase, payments)
-    ]
-    bought.sort(key=lambda purchase: (purchase.recorded_at, purchase.purchase_key))
+    """Let everything that the payment paid for follow it: clawed in the order in which it was bought, restored in reverse.
+
+    Time settles first, since months that begin are bought by the same money.
+    """
+    for purchase in _bought(writer, payment):
+        writer.account(purchase.account_id)
+    bought = _bought(writer, payment)
     for purchase in bought:
-        account = writer.account(purchase.account_id)
-        returned = _returned(writer, purchase)
-        if returned and not purchase.paid:
-            _tell_of_unknown_price(writer, account, purchase, transaction)
-        move_to(writer, account, purchase, returned, transaction)
-    for allocation in writer.state.allocations.values():
-        if _pays(payment, allocation, payments):
+        _move_up(writer, purchase, transaction)
+    for purchase in reversed(bought):
+        _move_down(writer, purchase, transaction)
+    for allocation in list(writer.state.allocations.values()):
+        if _pays(writer, payment, allocation):
             follow_with_months(writer, allocation)
 
 
@@ -161,27 +155,98 @@ def _payment(writer: Writer, ids: PaymentIds) -> Payment:
     return payment
 
 
-def _pays(payment: Payment, bought: Purchase | Allocation, payments: dict[str, Payment]) -> bool:
-    """Whether a payment paid for something: by its own name, by its charge's, or through the invoice."""
-    if payment.invoice_id is not None and payment.invoice_id == bought.invoice_id:
+def _pays(writer: Writer, payment: Payment, bought: Purchase | Allocation) -> bool:
+    """Whether a payment paid for something: under its own name, its charge's or its intent's, or through the invoice."""
+    named = [
+        other
+        for other in writer.state.payments.values()
+        if other is payment
+        or other.payment_id == payment.charge_id
+        or other.charge_id == payment.payment_id
+    ]
+    if bought.payment_id is not None and any(
+        bought.payment_id in {one.payment_id, one.charge_id} for one in named
+    ):
         return True
-    if bought.payment_id is None:
-        return False
-    if bought.payment_id in {payment.payment_id, payment.charge_id}:
-        return True
-    named = payments.get(bought.payment_id)
-    return named is not None and named.charge_id == payment.payment_id
-
-
-def _returned(writer: Writer, bought: Purchase | Allocation) -> int:
-    """What went back of everything that paid for it."""
-    payments = writer.state.payments
-    return sum(
-        payment.returned for payment in payments.values() if _pays(payment, bought, payments)
+    return bought.invoice_id is not None and any(
+        bought.invoice_id == one.invoice_id for one in named
     )
 
 
+def _bought(writer: Writer, payment: Payment) -> list[Purchase]:
+    """What a payment paid for, in the order in which it was bought."""
+    bought = [
+        purchase
+        for purchase in writer.state.purchases.values()
+        if purchase.lot_id is not None and _pays(writer, payment, purchase)
+    ]
+    return sorted(bought, key=lambda purchase: (purchase.recorded_at, purchase.purchase_key))
+
+
+def _returned(writer: Writer, bought: Purchase | Allocation) -> int:
+    """What went back of everything that paid for it. One refund or dispute told under two names counts once; a charge's
+    total counts only where no refund of it is known by its id.
+    """
+    if bought.payment_id is None and bought.invoice_id is None:
+        return 0
+    payments = [
+        payment
+        for payment in writer.state.payments.values()
+        if (payment.refunds or payment.disputes or payment.refunded)
+        and _pays(writer, payment, bought)
+    ]
+    # A payment intent and its charge are two names of one thing; whatever else paid for it is another.
+    refunds: dict[tuple[str, str], Refund] = {}
+    steps: dict[tuple[str, str], frozenset[DisputeStep]] = {}
+    disputed: dict[tuple[str, str], int] = {}
+    totals: dict[str, int] = {}
+    for payment in payments:
+        charge = payment.charge_id or payment.payment_id
+        totals[charge] = max(totals.get(charge, 0), payment.refunded)
+        for refund in payment.refunds.values():
+            key = (charge, refund.refund_id)
+            refunds[key] = max(
+                refunds.get(key, refund), refund, key=lambda one: (_RANK[one.status], one.amount)
+            )
+        for dispute in payment.disputes.values():
+            key = (charge, dispute.dispute_id)
+            steps[key] = steps.get(key, frozenset()) | dispute.steps
+            disputed[key] = max(disputed.get(key, 0), dispute.amount)
+    told_by_id = {charge for charge, _ in refunds}
+    return (
+        sum(refund.amount for refund in refunds.values() if refund.status != "failed")
+        + sum(total for charge, total in totals.items() if charge not in told_by_id)
+        + sum(amount for key, amount in disputed.items() if is_gone(steps[key]))
+    )
+
+
+def is_gone(steps: frozenset[DisputeStep]) -> bool:
+    """Whether a dispute's money is gone: it was lost, or withdrawn and neither reinstated nor won (R7)."""
+    return "lost" in steps or ("withdrawn" in steps and steps.isdisjoint({"reinstated", "won"}))
+
+
 # -- up and down ---------------------------------------------------------------------------------------------------
+
+
+def _target(purchase: Purchase, returned: int) -> int:
+    """The purchase's share of what went back, rounded down."""
+    paid = purchase.paid or 0
+    return purchase.credits * min(returned, paid) // paid if paid else 0
+
+
+def _move_up(writer: Writer, purchase: Purchase, transaction: Transaction) -> None:
+    returned = _returned(writer, purchase)
+    if returned and not purchase.paid:
+        _tell_of_unknown_price(writer, purchase, transaction)
+    missing = _target(purchase, returned) - purchase.clawed
+    if missing > 0:
+        _claw(writer, writer.account(purchase.account_id), purchase, missing, transaction)
+
+
+def _move_down(writer: Writer, purchase: Purchase, transaction: Transaction) -> None:
+    too_much = purchase.clawed - _target(purchase, _returned(writer, purchase))
+    if too_much > 0:
+        _restore(writer, writer.account(purchase.account_id), purchase, too_much, transaction)
 
 
 def _claw(
@@ -270,13 +335,9 @@ def _restore(
 def _tell_of_dispute(
     writer: Writer, payment: Payment, action: DisputePayment, transaction: Transaction
 ) -> None:
-    payments = writer.state.payments
     whose = {
-        writer.account(purchase.account_id).account_id
-        for purchase in writer.state.purchases.values()
-        if _pays(payment, purchase, payments)
+        writer.account(purchase.account_id).account_id for purchase in _bought(writer, payment)
     }
-    account_id = min(whose, default=None)
     message = f"payment {payment.payment_id} is disputed: {action.dispute_id}"
     details = {
         "payment_id": payment.payment_id,
@@ -284,16 +345,16 @@ def _tell_of_dispute(
         "amount": action.amount,
     }
     cause = transaction.published()
+    account_id = min(whose, default=None)
     writer.alerts.append(Alert("dispute_opened", account_id, message, details, cause))
 
 
-def _tell_of_unknown_price(
-    writer: Writer, account: Account, purchase: Purchase, transaction: Transaction
-) -> None:
+def _tell_of_unknown_price(writer: Writer, purchase: Purchase, transaction: Transaction) -> None:
     message = (
         f"MANUAL FIX REQUIRED: money of {purchase.purchase_key} went back, and what was paid for it is not known: "
         "no credits were clawed back"
     )
     details = {"purchase_key": purchase.purchase_key, "credits": purchase.credits}
+    account_id = writer.account(purchase.account_id).account_id
     cause = transaction.published()
-    writer.alerts.append(Alert("manual_fix_required", account.account_id, message, details, cause))
+    writer.alerts.append(Alert("manual_fix_required", account_id, message, details, cause))

@@ -11,13 +11,15 @@ from workers.ledger.commands import PeriodLine, StartPeriods
 from workers.ledger.grants import too_much
 from workers.ledger.model import Account, Allocation, Kind, Lot, Purchase, add_months
 from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
+from workers.ledger.subscriptions import has_ended
 from workers.ledger.writer import Move, Transaction, Writer
 
 
 @dataclass(slots=True)
 class Period:
     """A plan's period as one invoice bought it: lines that share a business key are one. `worth` are the credits of the
-    lines, `credits` what they grant after what the period had been granted before, under `key`.
+    lines, `credits` what they grant after what the period had been granted before, under `key`. One that is `prorated`
+    is a change of a period that runs already; one that comes before what it changes is only remembered.
     """
 
     plan_name: str
@@ -26,12 +28,25 @@ class Period:
     end: datetime
     worth: int
     key: str
+    prorated: bool
+    invoice_id: str | None
+    payment_id: str | None
+    paid: int | None
     credits: int = 0
 
     @property
     def monthly(self) -> bool:
         """Whether the period is allocated month by month."""
         return self.plan.allocation == "monthly"
+
+    def shares_its_time_with(self, other: "Period | Purchase") -> bool:
+        """Whether both are of one period. A change begins later than the period that it changes, and ends with it."""
+        start, end = (
+            (other.start, other.end)
+            if isinstance(other, Period)
+            else (other.period_start, other.period_end)
+        )
+        return start == self.start or ((self.prorated or other.prorated) and end == self.end)
 
     def is_of(self, purchase: Purchase) -> bool:
         """Whether a purchase of the same subscription and start bought this period, before or now."""
@@ -45,7 +60,7 @@ def start_periods(writer: Writer, action: StartPeriods, transaction: Transaction
     highest that the period had been granted, so that loops of up and down mint nothing.
     """
     account = writer.account(action.account)
-    granting = list(_news(writer, action))
+    granting = _news(writer, action)
     total = sum(period.credits for period in granting)
     if total and too_much(account, total):
         return Rejected("invalid_amount", account.account_id, total, account.available)
@@ -59,51 +74,131 @@ def start_periods(writer: Writer, action: StartPeriods, transaction: Transaction
 
 
 def period_key(catalogue: Catalogue, subscription_id: str, line: PeriodLine) -> str:
-    """The business key of one period of a plan, or of its first monthly allocation (R8b, R14)."""
+    """The business key of one period of a plan, of its first month, or of a change within it (R8b, R14)."""
     start = line.period_start.isoformat()
+    if line.prorated:
+        return f"change:{subscription_id}:{line.plan}:{start}"
     if catalogue.plans[line.plan].allocation == "monthly":
         return f"allocation:{subscription_id}:{start}:0"
     return f"period:{subscription_id}:{line.plan}:{start}"
 
 
-def _news(writer: Writer, action: StartPeriods) -> Iterator[Period]:
-    """The periods that this invoice has not started before, with what each of them grants."""
-    lines = sorted(action.lines, key=lambda line: (line.period_start, line.plan))
-    for start, of_start in groupby(lines, key=lambda line: line.period_start):
-        periods = _periods(writer.catalogue, action.subscription_id, list(of_start))
-        before = [
-            purchase
-            for purchase in writer.state.purchases.values()
-            if purchase.subscription_id == action.subscription_id
-            and purchase.period_start == start
-            and not purchase.month
-        ]
-        granted = sum(purchase.credits for purchase in before)
-        left = max(0, sum(period.worth for period in periods) - granted)
-        for period in periods:
-            bought = [purchase for purchase in before if period.is_of(purchase)]
-            if any(purchase.invoice_id == action.invoice_id for purchase in bought):
-                continue
-            period.credits = min(period.worth, left)
-            left -= period.credits
-            if bought and not period.credits:
-                continue
-            if bought:
-                period.key = f"{period.key}+{granted}"
-            yield period
+def _news(writer: Writer, action: StartPeriods) -> list[Period]:
+    """What of this invoice is new, with what each of it grants: periods that begin, then changes of running ones."""
+    periods = _periods(writer.catalogue, action)
+    bought = [
+        purchase
+        for purchase in writer.state.purchases.values()
+        if (purchase.subscription_id == action.subscription_id and not purchase.month)
+        or any(period.is_of(purchase) for period in periods)  # imported, without its subscription
+    ]
+    news: list[Period] = []
+    begun = [period for period in periods if not period.prorated]
+    for _, of_start in groupby(begun, key=lambda period: period.start):
+        news += _beginnings(writer, action, list(of_start), bought)
+    for period in periods:
+        if period.prorated and not _was_handled(action, [period], bought):
+            news += _change(period, bought, news)
+    return news
 
 
-def _periods(catalogue: Catalogue, subscription_id: str, lines: list[PeriodLine]) -> list[Period]:
+def _was_handled(action: StartPeriods, periods: list[Period], bought: list[Purchase]) -> bool:
+    """Whether this invoice has started these periods before. All of its lines were read at once, whatever the catalogue
+    makes of them today.
+    """
+    return any(
+        purchase.invoice_id == action.invoice_id and purchase.period_start == period.start
+        for purchase in bought
+        for period in periods
+    )
+
+
+def _beginnings(
+    writer: Writer, action: StartPeriods, periods: list[Period], bought: list[Purchase]
+) -> Iterator[Period]:
+    if _was_handled(action, periods, bought):
+        return
+    before = [
+        purchase
+        for purchase in bought
+        if any(
+            period.shares_its_time_with(purchase) or period.is_of(purchase) for period in periods
+        )
+    ]
+    granted = sum(purchase.credits for purchase in before)
+    left = max(0, sum(period.worth for period in periods) - granted)
+    for period in periods:
+        again = any(period.is_of(purchase) for purchase in before)
+        period.credits = min(period.worth, left)
+        left -= period.credits
+        if again and not period.credits:
+            continue
+        if again:
+            period.key = f"{period.key}+{granted}"
+        yield period
+    granted += sum(period.credits for period in periods)
+    yield from _waiting_changes(writer, before, granted)
+
+
+def _change(period: Period, bought: list[Purchase], news: list[Period]) -> Iterator[Period]:
+    """A change raises its period to the plan's credits, if that is higher than it ever was. One that comes before its
+    period is remembered.
+    """
+    others: list[Period | Purchase] = [*bought, *news]
+    shared = [one for one in others if period.shares_its_time_with(one)]
+    if any(not one.prorated for one in shared):
+        period.credits = max(0, period.worth - sum(one.credits for one in shared))
+        if not period.credits:
+            return
+    yield period
+
+
+def _waiting_changes(writer: Writer, before: list[Purchase], granted: int) -> Iterator[Period]:
+    """What the highest change still grants of those that came before the period that they change."""
+    waiting = [change for change in before if (change.worth or 0) > granted]
+    for change in sorted(waiting, key=lambda change: change.worth or 0)[-1:]:
+        plan = writer.catalogue.plans.get(change.plan or "")
+        if plan is None or change.period_start is None or change.period_end is None:
+            continue
+        worth = change.worth or 0
+        yield Period(
+            change.plan or "",
+            plan,
+            change.period_start,
+            change.period_end,
+            worth,
+            f"{change.purchase_key}+{granted}",
+            prorated=True,
+            invoice_id=change.invoice_id,
+            payment_id=change.payment_id,
+            paid=change.paid,
+            credits=worth - granted,
+        )
+
+
+def _periods(catalogue: Catalogue, action: StartPeriods) -> list[Period]:
+    """The lines, added up by their keys, in the order of their starts."""
     periods: dict[str, Period] = {}
-    for line in lines:
+    for line in sorted(action.lines, key=lambda line: (line.period_start, line.plan)):
         plan = catalogue.plans[line.plan]
         worth = (plan.trial_credits if line.trial else plan.credits) * line.quantity
-        key = period_key(catalogue, subscription_id, line)
+        key = period_key(catalogue, action.subscription_id, line)
         if key in periods:
             periods[key].worth += worth
             periods[key].end = max(periods[key].end, line.period_end)
         else:
-            periods[key] = Period(line.plan, plan, line.period_start, line.period_end, worth, key)
+            periods[key] = Period(
+                line.plan,
+                plan,
+                line.period_start,
+                line.period_end,
+                worth,
+                key,
+                line.prorated,
+                action.invoice_id,
+                action.payment_id,
+                action.paid,
+            )
     return list(periods.values())
 
 
@@ -114,8 +209,13 @@ def _start(
     period: Period,
     transaction: Transaction,
 ) -> None:
-    carried = _close_earlier_periods(writer, account, action.subscription_id, period, transaction)
-    if period.end > writer.now and account.tier != period.plan.tier:
+    carried: list[Move] = []
+    if not period.prorated:
+        carried = _close_earlier_periods(
+            writer, account, action.subscription_id, period, transaction
+        )
+    alive = period.end > writer.now and not has_ended(writer.state, action.subscription_id)
+    if alive and account.tier != period.plan.tier:
         account.tier, account.changed = period.plan.tier, True
     kind: Kind = "session_earning" if period.monthly else "subscription_grant"
     expires_at = _expires_at(writer, action.subscription_id, period)
@@ -143,38 +243,82 @@ def _start(
         subscription_id=action.subscription_id,
         plan=period.plan_name,
         period=(period.start, period.end),
-        invoice_id=action.invoice_id,
-        payment_id=action.payment_id,
-        paid=action.paid,
+        month=0 if period.monthly and not period.prorated else None,
+        worth=period.worth if period.prorated else None,
+        invoice_id=period.invoice_id,
+        payment_id=period.payment_id,
+        paid=period.paid,
     )
-    payments.net(writer, account, purchase, transaction)
-    if period.monthly and period.worth > 0:
-        _allocate(writer, account, action, period)
+    payments.net(writer, purchase, transaction)
+    if period.monthly and period.worth > 0 and (period.credits > 0 or not period.prorated):
+        _allocate(writer, account, action.subscription_id, period)
 
 
-def _allocate(writer: Writer, account: Account, action: StartPeriods, period: Period) -> None:
-    """Plan the months to come; an invoice for more raises them."""
-    known = writer.state.allocations.get((action.subscription_id, period.start))
-    if known is not None:
-        known.credits, known.plan, known.changed = period.worth, period.plan_name, True
-        return
+def _allocate(writer: Writer, account: Account, subscription_id: str, period: Period) -> None:
+    """Plan the months to come. A raise has months of its own, beside those that it raises: each follows its own money."""
+    raised = _months_of(writer, subscription_id, period)
+    later = [
+        purchase.period_start
+        for purchase in writer.state.purchases.values()
+        if purchase.subscription_id == subscription_id
+        and not purchase.month
+        and not purchase.prorated
+        and purchase.period_start is not None
+        and purchase.period_start > period.start
+    ]
     allocation = Allocation(
-        subscription_id=action.subscription_id,
-        period_start=period.start,
-        period_end=period.end,
+        allocation_key=period.key.removesuffix(":0"),
+        subscription_id=subscription_id,
+        anchor_at=raised.anchor_at if raised else period.start,
+        period_end=min([period.end, *later]),
         account_id=account.account_id,
         plan=period.plan_name,
-        credits=period.worth,
-        next_month=1,
+        credits=period.credits if raised else period.worth,
+        next_month=raised.next_month if raised else 1,
         next_at=None,
-        invoice_id=action.invoice_id,
-        payment_id=action.payment_id,
-        paid=action.paid,
+        invoice_id=period.invoice_id,
+        payment_id=period.payment_id,
+        paid=period.paid,
         fresh=True,
     )
-    writer.state.allocations[action.subscription_id, period.start] = allocation
+    writer.state.allocations[allocation.allocation_key] = allocation
     account.allocations.append(allocation)
     payments.follow_with_months(writer, allocation)
+
+
+def _months_of(writer: Writer, subscription_id: str, period: Period) -> Allocation | None:
+    """The months that a period adds to: those that an invoice before it has begun."""
+    return next(
+        (
+            one
+            for one in writer.state.allocations.values()
+            if one.subscription_id == subscription_id
+            and (one.anchor_at == period.start or one.period_end == period.end)
+        ),
+        None,
+    )
+
+
+def _end_earlier_months(
+    writer: Writer, account: Account, subscription_id: str, period: Period
+) -> None:
+    """No month of an earlier period begins any more, and what was clawed of one comes back to a lot that is over."""
+    for allocation in account.allocations:
+        if allocation.subscription_id == subscription_id and allocation.anchor_at < period.start:
+            allocation.period_end = min(allocation.period_end, period.start)
+            if allocation.next_at is not None and allocation.next_at >= allocation.period_end:
+                allocation.next_at = None
+            allocation.changed = True
+    account.plan_months()
+    for lot in writer.state.lots.values():
+        # What was clawed from it may come back one day: then it must be over too.
+        if (
+            lot.subscription_id == subscription_id
+            and lot.clawed > 0
+            and lot.period_start is not None
+            and lot.period_start < period.start
+        ):
+            lot.expires_at, lot.changed = min(lot.expires_at or writer.now, writer.now), True
 
 
 def _close_earlier_periods(
@@ -185,6 +329,7 @@ def _close_earlier_periods(
     transaction: Transaction,
 ) -> list[Move]:
     """Expire what is left of this subscription's earlier periods; return the moves of what rolls over (R4)."""
+    _end_earlier_months(writer, account, subscription_id, period)
     earlier = [
         lot
         for lot in account.lots
@@ -217,9 +362,10 @@ def _close_earlier_periods(
 
 def _expires_at(writer: Writer, subscription_id: str, period: Period) -> datetime:
     if period.monthly:
-        known = writer.state.allocations.get((subscription_id, period.start))
-        month = known.next_month if known else 1
-        return min(add_months(period.start, month), period.end)
+        known = _months_of(writer, subscription_id, period)
+        if known is not None:
+            return min(add_months(known.anchor_at, known.next_month), known.period_end)
+        return min(add_months(period.start, 1), period.end)
     if period.plan.rollover == "none":
         return period.end
     # A renewal that is paid late must still find what may roll over.

@@ -17,6 +17,7 @@ from workers.ledger.commands import (
     MergeAccounts,
     PayInvoice,
     PaymentIds,
+    RecordSubscription,
     RefundCharge,
     RefundGeneration,
     RefundPayment,
@@ -53,6 +54,11 @@ def reach_of(commands: Iterable[Command], catalogue: Catalogue) -> Reach:
         if not isinstance(command.action, Settle):
             reach.command_keys.add(command.cause.command_key)
         _add(reach, command.action, catalogue)
+        for link in command.links:
+            if link.itself is not None:
+                # Created if it is not there: only a locked row keeps others from taking the id for a user meanwhile.
+                reach.accounts.update((link.itself, link.owner))
+                reach.merging.add(link.itself)
     return reach
 
 
@@ -71,6 +77,8 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
                 period_key(catalogue, action.subscription_id, line) for line in action.lines
             )
             _add_money(reach, action.invoice_id, action.payment_id)
+        case RecordSubscription():
+            reach.subscription_ids.add(action.subscription_id)
         case PayInvoice():
             _add_money(reach, *_names(action.payment), action.invoice_id)
         case RefundPayment() | RefundCharge() | DisputePayment():

@@ -21,8 +21,7 @@ def settle(writer: Writer, account: Account) -> None:
     for allocation in account.allocations:
         month, instant = allocation.next_month, allocation.next_at
         while instant is not None and instant <= writer.now:
-            name = f"{allocation.subscription_id} {allocation.period_start.isoformat()}"
-            falling_due.append((instant, 1, name, allocation))
+            falling_due.append((instant, 1, allocation.allocation_key, allocation))
             month += 1
             instant = allocation.instant(month)
     for _, _, _, due in sorted(falling_due, key=lambda item: item[:3]):
@@ -51,12 +50,11 @@ def _grant_month(writer: Writer, account: Account, allocation: Allocation) -> No
     month, instant = allocation.next_month, allocation.next_at
     if instant is None:
         return
-    ends_at = min(add_months(allocation.period_start, month + 1), allocation.period_end)
-    key = f"allocation:{allocation.subscription_id}:{allocation.period_start.isoformat()}:{month}"
-    references = {
-        "subscription_id": allocation.subscription_id,
-        "invoice_id": allocation.invoice_id,
-    }
+    ends_at = min(add_months(allocation.anchor_at, month + 1), allocation.period_end)
+    key = f"{allocation.allocation_key}:{month}"
+    references = {"subscription_id": allocation.subscription_id}
+    if allocation.invoice_id is not None:
+        references["invoice_id"] = allocation.invoice_id
     transaction = by_time(account, "allocation.month", key, instant, references)
     lot = writer.grant(
         account,
@@ -85,7 +83,7 @@ def _grant_month(writer: Writer, account: Account, allocation: Allocation) -> No
         paid=allocation.paid,
         month=month,
     )
-    payments.move_to(writer, account, purchase, allocation.returned, transaction)
+    payments.net_month(writer, purchase, allocation.returned, transaction)
     allocation.next_month = month + 1
     allocation.next_at = allocation.instant(month + 1)
     allocation.changed = True

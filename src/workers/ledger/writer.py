@@ -386,6 +386,7 @@ class Writer:
         payment_id: str | None = None,
         paid: int | None = None,
         month: int | None = None,
+        worth: int | None = None,
     ) -> Purchase:
         """Consume a business key (R8b), with all that a later refund or repeat needs. `credits` are those that it bought:
         what rolled over into its lot is not among them.
@@ -407,6 +408,7 @@ class Writer:
             payment_id=payment_id,
             paid=paid,
             month=month,
+            worth=worth,
             fresh=True,
         )
         self.state.purchases[key] = purchase

@@ -153,6 +153,13 @@ class UserLinked(Data):
     external_id: Id
 
 
+class UserMerged(Data):
+    """Two user ids turned out to be one person."""
+
+    from_user_id: Id
+    to_user_id: Id
+
+
 class _ForOwner(Data):
     user_id: Id | None = None
     organization_id: Id | None = None
@@ -210,12 +217,13 @@ BOOKING_TYPES: dict[str, type[Data]] = {
 ACCOUNT_TYPES: dict[str, type[Data]] = {
     "user.created": UserCreated,
     "user.linked": UserLinked,
+    "user.merged": UserMerged,
     "credits.granted": CreditsGranted,
     "credits.adjusted": CreditsAdjusted,
     "credits.transferred": CreditsTransferred,
 }
 # Of the contract, and kept as dead letters until a release applies them: nothing of theirs is lost.
-ACCOUNT_TYPES_TO_COME = frozenset({"user.merged", "user.closed", "organization.updated"})
+ACCOUNT_TYPES_TO_COME = frozenset({"user.closed", "organization.updated"})
 
 TOPIC_TYPES: dict[str, frozenset[str]] = {
     "generation.events": frozenset(GENERATION_TYPES),

@@ -59,6 +59,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "time_zone": "Europe/London",
     },
     "user.linked": {"user_id": "ada", "provider": "stripe", "external_id": "cus_ada"},
+    "user.merged": {"from_user_id": "u7-guest", "to_user_id": "u7"},
     "credits.granted": {"user_id": "ada", "credits": 50, "pool": "purchased", "reason": "apology"},
     "credits.adjusted": {"user_id": "ada", "credits": -5, "reason": "counted twice by hand"},
     "credits.transferred": {

@@ -7,6 +7,7 @@ it ignores; what needs an external id resolved says so before and builds its com
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from workers.ledger.catalogue import Catalogue
 from workers.messages.record import Record, Refused
@@ -14,7 +15,15 @@ from workers.sources.account import read_account
 from workers.sources.booking import read_booking
 from workers.sources.generation import read_generation
 from workers.sources.stripe import read_stripe
-from workers.sources.understood import Identities, Ignored, Understood, Waiting
+from workers.sources.understood import (
+    STRIPE_API,
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Understood,
+    Waiting,
+)
 
 
 @dataclass(frozen=True)
@@ -24,27 +33,41 @@ class Sources:
     catalogue: Catalogue
     webhook_secrets: tuple[str, ...]
     record_bytes_max: int
+    fetches: bool = False
 
-    def read(self, record: Record) -> Understood | Ignored:
-        """Understand one record. Raises Refused for one that can never be applied as it is."""
+    def read(
+        self, record: Record, fetched: Fetched = MappingProxyType({})
+    ) -> Understood | Ignored | Lacking:
+        """Understand one record, with what was fetched of it. Raises Refused for one that can never be applied."""
         size = len(record.value or b"")
         if size > self.record_bytes_max:
             raise Refused("too_large", f"{size} bytes; a record may have {self.record_bytes_max}")
+        if record.topic == "stripe.webhook":
+            return read_stripe(
+                record,
+                catalogue=self.catalogue,
+                webhook_secrets=self.webhook_secrets,
+                fetched=fetched,
+                fetches=self.fetches,
+            )
         return self._readers[record.topic](record)
 
     @cached_property
     def _readers(self) -> dict[str, Callable[[Record], Understood | Ignored]]:
-        def stripe(record: Record) -> Understood | Ignored:
-            return read_stripe(
-                record, catalogue=self.catalogue, webhook_secrets=self.webhook_secrets
-            )
-
         return {
-            "stripe.webhook": stripe,
             "generation.events": read_generation,
             "booking.events": read_booking,
             "account.events": read_account,
         }
 
 
-__all__ = ["Identities", "Ignored", "Sources", "Understood", "Waiting"]
+__all__ = [
+    "STRIPE_API",
+    "Fetched",
+    "Identities",
+    "Ignored",
+    "Lacking",
+    "Sources",
+    "Understood",
+    "Waiting",
+]

@@ -9,6 +9,7 @@ from workers.ledger.commands import (
     GrantCredits,
     Link,
     LinkIdentities,
+    MergeAccounts,
     RegisterUser,
     TransferCredits,
 )
@@ -21,10 +22,11 @@ from workers.messages.inbound import (
     Data,
     UserCreated,
     UserLinked,
+    UserMerged,
 )
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
-from workers.sources.understood import Identities, Ignored, Understood
+from workers.sources.understood import NEVER_A_USER, Identities, Ignored, Understood
 
 
 def read_account(record: Record) -> Understood | Ignored:
@@ -61,6 +63,10 @@ def _action(data: Data, identities: Identities) -> Action:
             )
         case CreditsAdjusted():
             return AdjustCredits(_owner(data, identities), data.credits, data.reason)
+        case UserMerged():
+            return MergeAccounts(
+                identities.user(data.from_user_id), identities.user(data.to_user_id)
+            )
         case CreditsTransferred():
             sender, receiver = identities.user(data.from_user_id), identities.user(data.to_user_id)
             return TransferCredits(sender, receiver, data.credits, data.reason)
@@ -73,18 +79,26 @@ def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
         case UserCreated():
             owner = identities.user(data.user_id)
             links = [
-                Link(provider, id_, owner, "user.created")
+                _link(provider, id_, owner, "user.created", identities)
                 for provider, id_ in data.external_ids.items()
             ]
             if data.email:
                 links.append(Link("email", data.email.lower(), owner, "user.created"))
             return tuple(links)
         case UserLinked():
-            return (
-                Link(data.provider, data.external_id, identities.user(data.user_id), "user.linked"),
-            )
+            owner = identities.user(data.user_id)
+            return (_link(data.provider, data.external_id, owner, "user.linked", identities),)
         case _:
             return ()
+
+
+def _link(
+    provider: str, external_id: str, owner: str, resolved_by: str, identities: Identities
+) -> Link:
+    """A link; news of it may mean that the id was taken for a user of its own until now (R13)."""
+    news = identities.external(provider, external_id) is None and provider not in NEVER_A_USER
+    itself = f"user:{external_id}" if news and f"user:{external_id}" != owner else None
+    return Link(provider, external_id, owner, resolved_by, itself)
 
 
 def _external_ids(data: Data) -> tuple[str, ...]:
@@ -97,7 +111,7 @@ def _external_ids(data: Data) -> tuple[str, ...]:
             return (data.user_id, data.external_id)
         case CreditsGranted() | CreditsAdjusted():
             return (data.user_id,) if data.user_id else ()
-        case CreditsTransferred():
+        case CreditsTransferred() | UserMerged():
             return (data.from_user_id, data.to_user_id)
         case _:
             return ()

@@ -1,232 +1,110 @@
 """Stripe events → commands (R7, R8, R13, R14).
 
-Own tolerant models over the raw JSON, because the SDK's objects are not dictionaries and raise for a missing
-field. Both shapes are read: before and after 2025-03-31 (Stripe's changelog, "basil"): an invoice's subscription
-moved to `parent.subscription_details`, a line's price to `pricing.price_details`, its flags to `parent`.
+Each event becomes at most one command. What several events say of one purchase shares a business key, and what they say
+of one payment adds up in any order, so nothing here depends on which of them comes first.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+import orjson
 
 from workers.ledger.catalogue import CREDITS_MAX, Catalogue
 from workers.ledger.commands import (
+    Action,
+    AsOf,
     BuyPack,
     Cause,
     Command,
+    DisputePayment,
+    DisputeStep,
     Link,
     LinkIdentities,
+    PayInvoice,
+    PaymentIds,
     PeriodLine,
+    RecordSubscription,
+    RefundCharge,
+    RefundPayment,
+    RefundStatus,
     StartPeriods,
 )
 from workers.messages.envelope import ID, read_json
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import read_data
 from workers.sources.signature import BadSignature, verify
-from workers.sources.understood import Identities, Ignored, Understood, Waiting
+from workers.sources.stripe_objects import (
+    Charge,
+    Customer,
+    Dispute,
+    Envelope,
+    Invoice,
+    InvoiceLines,
+    InvoicePayment,
+    LineItems,
+    Price,
+    Refund,
+    Session,
+    Subscription,
+    ThinEvent,
+)
+from workers.sources.understood import (
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Understood,
+    Waiting,
+)
 
 STRIPE = "stripe"
 CHECKOUT_PAID = frozenset(
     {"checkout.session.completed", "checkout.session.async_payment_succeeded"}
 )
 INVOICE_PAID = frozenset({"invoice.paid", "invoice.payment_succeeded"})
-LINKING = frozenset(
-    {
-        "customer.created",
-        "customer.updated",
-        "customer.subscription.created",
-        "customer.subscription.updated",
-    }
-)
-# Money that goes back: kept as dead letters until a release applies them, so that none is lost.
-TO_COME = re.compile(r"^(refund\.(created|updated|failed)|charge\.refunded|charge\.dispute\.\w+)$")
+CUSTOMER = frozenset({"customer.created", "customer.updated"})
+# Of events of one second the later kind is right.
+SUBSCRIPTION_RANK = {
+    "customer.subscription.created": 0,
+    "customer.subscription.updated": 1,
+    "customer.subscription.paused": 1,
+    "customer.subscription.resumed": 1,
+    "customer.subscription.deleted": 2,
+}
+# `charge.refund.updated` is the older name of `refund.updated`.
+REFUND = frozenset({"refund.created", "refund.updated", "refund.failed", "charge.refund.updated"})
+DISPUTE = re.compile(r"charge\.dispute\.(created|updated|funds_withdrawn|funds_reinstated|closed)")
+KNOWN = {
+    *CHECKOUT_PAID, *INVOICE_PAID, *CUSTOMER, *SUBSCRIPTION_RANK, *REFUND, "charge.refunded", "invoice_payment.paid"
+}  # fmt: skip
+FETCH = "must be fetched from Stripe: set CREDITS_STRIPE_API_KEY if it is not set"
 # As it is written everywhere; `uuid.UUID` would also take `0x` and underscores between the digits.
 UUID_FORM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 UUID_LAYERS = ("resolved_supabase_user_id", "supabase_user_id", "original_userId")
 
 
-def _id_of(value: Any) -> Any:
-    """An expandable field is an id, or the object with its id."""
-    return value.get("id") if isinstance(value, dict) else value
-
-
-StripeId = Annotated[
-    Annotated[str, Field(pattern=r"^[!-~]{1,255}$")] | None, BeforeValidator(_id_of)
-]
-Metadata = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
-Money = Annotated[int, Field(ge=0, le=10**15)]  # in the currency's smallest unit
-Seconds = Annotated[int, Field(ge=0, le=253_402_300_799)]  # until the year 9999
-
-
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _Price(_Object):
-    id: StripeId = None
-
-
-class _LineItem(_Object):
-    price: _Price | str | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
-
-
-class _LineItems(_Object):
-    data: tuple[_LineItem, ...] = ()
-
-
-class _Session(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    mode: str | None = None
-    payment_status: str | None = None
-    customer: StripeId = None
-    subscription: StripeId = None
-    payment_intent: StripeId = None
-    client_reference_id: str | None = None
-    amount_total: Money | None = None
-    metadata: Metadata = Field(default_factory=dict)
-    line_items: _LineItems | None = None
-
-
-class _Period(_Object):
-    start: Seconds
-    end: Seconds
-
-
-class _SubscriptionDetails(_Object):
-    subscription: StripeId = None
-    metadata: Metadata = Field(default_factory=dict)
-    proration: bool = False
-
-
-class _Parent(_Object):
-    type: str | None = None
-    subscription_details: _SubscriptionDetails | None = None
-    subscription_item_details: _SubscriptionDetails | None = None
-    invoice_item_details: _SubscriptionDetails | None = None
-
-
-class _PriceDetails(_Object):
-    price: StripeId = None
-
-
-class _Pricing(_Object):
-    price_details: _PriceDetails | None = None
-
-
-class _InvoiceLine(_Object):
-    period: _Period | None = None
-    quantity: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    amount: Annotated[int, Field(ge=-(10**15), le=10**15)] | None = None
-    type: str | None = None
-    price: _Price | None = None
-    pricing: _Pricing | None = None
-    proration: bool | None = None
-    subscription: StripeId = None
-    parent: _Parent | None = None
-
-    @property
-    def price_id(self) -> str | None:
-        """New shape first: in practice both may be there."""
-        details = self.pricing.price_details if self.pricing else None
-        return (details.price if details else None) or (self.price.id if self.price else None)
-
-    @property
-    def item(self) -> _SubscriptionDetails:
-        """What the line says of its subscription, in the new shape."""
-        parent = self.parent or _Parent()
-        return (
-            parent.subscription_item_details
-            or parent.invoice_item_details
-            or _SubscriptionDetails()
-        )
-
-    @property
-    def is_extra(self) -> bool:
-        """Something billed beside the subscription, such as a set-up fee: no plan is expected of it."""
-        return self.type == "invoiceitem" or (
-            self.parent is not None and self.parent.type == "invoice_item_details"
-        )
-
-    @property
-    def is_proration(self) -> bool:
-        """A correction inside a period; it starts none."""
-        return bool(self.proration) or self.item.proration
-
-
-class _InvoiceLines(_Object):
-    data: tuple[_InvoiceLine, ...] = ()
-    has_more: bool = False
-
-
-class _Invoice(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    customer: StripeId = None
-    subscription: StripeId = None
-    subscription_details: _SubscriptionDetails | None = None
-    parent: _Parent | None = None
-    payment_intent: StripeId = None
-    amount_paid: Money | None = None
-    metadata: Metadata = Field(default_factory=dict)
-    lines: _InvoiceLines = _InvoiceLines()
-
-    @property
-    def details(self) -> _SubscriptionDetails:
-        """What the invoice says of its subscription, wherever this version keeps it."""
-        new = self.parent.subscription_details if self.parent else None
-        return new or self.subscription_details or _SubscriptionDetails()
-
-    @property
-    def subscription_id(self) -> str | None:
-        """The subscription that this invoice is for, if any."""
-        named = self.details.subscription or self.subscription
-        lines = (line.item.subscription or line.subscription for line in self.lines.data)
-        return named or next((found for found in lines if found), None)
-
-
-class _Customer(_Object):
-    """A customer, or a subscription: what either says about who the customer is."""
-
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    object: str | None = None
-    customer: StripeId = None
-    metadata: Metadata = Field(default_factory=dict)
-
-
-class _Envelope(_Object):
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    type: Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
-    created: Seconds
-    data: dict[str, Any]
-
-
 def read_stripe(
-    record: Record, *, catalogue: Catalogue, webhook_secrets: tuple[str, ...]
-) -> Understood | Ignored:
+    record: Record,
+    *,
+    catalogue: Catalogue,
+    webhook_secrets: tuple[str, ...],
+    fetched: Fetched = MappingProxyType({}),
+    fetches: bool = False,
+) -> Understood | Ignored | Lacking:
     """Understand a record of `stripe.webhook`: its signature is checked again, without the age limit.
 
+    `fetched` are objects of Stripe's API that an event left out; `fetches` says whether anybody fetches them.
+
     Raises:
-        Refused: forged, thin, unreadable, or for something that the catalogue does not sell.
+        Refused: forged, unreadable, thin where nobody fetches, or for something that the catalogue does not sell.
     """
-    body = record.value or b""
-    try:
-        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
-    except BadSignature as error:
-        raise Refused("bad_signature", error.reason) from error
-    parsed = read_json(body)
-    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
-        raise Refused(
-            "thin_event",
-            "a thin event names its object only; send snapshot events to this endpoint",
-        )
-    event = read_data(_Envelope, parsed)
-    if TO_COME.match(event.type):
-        detail = f"{event.type} is not applied by this release; replay this dead letter after the upgrade"
-        raise Refused("unsupported_version", detail, manual_fix=True)
+    event = _event(record, webhook_secrets, fetched, fetches=fetches)
+    if isinstance(event, Ignored | Lacking):
+        return event
     cause = Cause(
         source=STRIPE,
         type=event.type,
@@ -241,20 +119,67 @@ def read_stripe(
     if event.type in CHECKOUT_PAID | INVOICE_PAID:
         try:
             if event.type in CHECKOUT_PAID:
-                return _read_checkout(cause, read_data(_Session, object_), catalogue)
-            return _read_invoice(cause, read_data(_Invoice, object_), catalogue)
+                return _read_checkout(cause, read_data(Session, object_), catalogue, fetched)
+            return _read_invoice(cause, read_data(Invoice, object_), catalogue, fetched)
         except Refused as refused:
             refused.manual_fix = True  # Stripe says that it was paid: somebody waits for credits
             raise
-    if event.type in LINKING:
-        return _read_linking(cause, read_data(_Customer, object_))
-    return Ignored(event.type)
+    if event.type in CUSTOMER:
+        return _read_customer(cause, read_data(Customer, object_))
+    if event.type in SUBSCRIPTION_RANK:
+        return _read_subscription(cause, read_data(Subscription, object_), catalogue)
+    try:
+        action = _money_action(event.type, object_)
+    except Refused as refused:
+        refused.manual_fix = True  # money moved, and credits should follow it
+        raise
+    if action is None:
+        return Ignored(event.type)
+    command = Command(cause, action, _fingerprint(cause))
+    return Understood(cause, (), lambda _: command)
+
+
+def _event(
+    record: Record, webhook_secrets: tuple[str, ...], fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    body = record.value or b""
+    try:
+        verify(body, record.text_headers().get("stripe-signature"), webhook_secrets, now=None)
+    except BadSignature as error:
+        raise Refused("bad_signature", error.reason) from error
+    parsed = read_json(body)
+    if isinstance(parsed, dict) and parsed.get("object") == "v2.core.event":
+        return _whole(read_data(ThinEvent, parsed), record, fetched, fetches=fetches)
+    return read_data(Envelope, parsed)
+
+
+def _whole(
+    event: ThinEvent, record: Record, fetched: Fetched, *, fetches: bool
+) -> Envelope | Ignored | Lacking:
+    """The snapshot that a thin event stands for. Where Stripe sends both, they are one event: the snapshot's id counts."""
+    type_ = event.type.removeprefix("v1.")
+    if type_ not in KNOWN and DISPUTE.fullmatch(type_) is None:
+        return Ignored(type_)
+    path = event.related_object.path if event.related_object else None
+    if path is None or not fetches:
+        detail = (
+            "a thin event names its object only: send snapshot events to this endpoint, or set CREDITS_STRIPE_API_KEY "
+            "so that the object can be fetched, then replay this dead letter"
+        )
+        raise Refused("thin_event", detail, manual_fix=True)
+    if path not in fetched:
+        return Lacking(path, f"{type_} names {path} only; it is being fetched")
+    created = int((event.created or record.timestamp_at).timestamp())
+    id_ = event.snapshot_event or event.id
+    return Envelope(id=id_, type=type_, created=created, data={"object": fetched[path]})
 
 
 # -- checkout --------------------------------------------------------------------------------------------------
 
 
-def _read_checkout(cause: Cause, session: _Session, catalogue: Catalogue) -> Understood | Ignored:
+def _read_checkout(
+    cause: Cause, session: Session, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
     claimed = _claimed_user((session.metadata,), session.client_reference_id)
     if session.mode == "subscription" or (session.mode is None and session.subscription):
         if session.customer is None or claimed is None:
@@ -267,7 +192,12 @@ def _read_checkout(cause: Cause, session: _Session, catalogue: Catalogue) -> Und
         return Ignored(
             cause.type
         )  # not paid yet: checkout.session.async_payment_succeeded will tell
-    credits, expires_days = _bought(session, catalogue)
+    path = f"checkout/sessions/{session.id}/line_items"
+    sold = read_data(LineItems, fetched[path]) if path in fetched else session.line_items
+    named = {"pack", "credits"} & session.metadata.keys()
+    if (sold is None and not named) or (sold is not None and sold.has_more):
+        return Lacking(path, f"checkout session {session.id} was paid, and its line items {FETCH}")
+    credits, expires_days = _bought(session, sold, catalogue)
     references = {"checkout_session_id": session.id}
     if session.payment_intent:
         references["payment_intent_id"] = session.payment_intent
@@ -295,13 +225,14 @@ def _read_checkout(cause: Cause, session: _Session, catalogue: Catalogue) -> Und
     return Understood(cause, _ids(session.customer, claimed), build)
 
 
-def _bought(session: _Session, catalogue: Catalogue) -> tuple[int, int | None]:
+def _bought(
+    session: Session, sold: LineItems | None, catalogue: Catalogue
+) -> tuple[int, int | None]:
     """Credits and days until expiry: by price, else `metadata.pack`, else `metadata.credits`."""
-    items = session.line_items.data if session.line_items else ()
     names = []
-    for item in items:
+    for item in sold.data if sold else ():
         name = catalogue.pack_of_price(
-            item.price.id if isinstance(item.price, _Price) else item.price
+            item.price.id if isinstance(item.price, Price) else item.price
         )
         if name is not None:
             names.extend([name] * (1 if item.quantity is None else item.quantity))
@@ -328,7 +259,14 @@ def _bought(session: _Session, catalogue: Catalogue) -> tuple[int, int | None]:
 # -- invoices --------------------------------------------------------------------------------------------------
 
 
-def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Understood | Ignored:
+def _read_invoice(
+    cause: Cause, invoice: Invoice, catalogue: Catalogue, fetched: Fetched
+) -> Understood | Ignored | Lacking:
+    path = f"invoices/{invoice.id}/lines"
+    if path in fetched:
+        invoice = invoice.model_copy(update={"lines": read_data(InvoiceLines, fetched[path])})
+    elif invoice.lines.has_more:
+        return Lacking(path, f"invoice {invoice.id} has more lines than its event: they {FETCH}")
     subscription_id = invoice.subscription_id
     if subscription_id is None:
         return Ignored(cause.type)
@@ -361,16 +299,16 @@ def _read_invoice(cause: Cause, invoice: _Invoice, catalogue: Catalogue) -> Unde
     return Understood(cause, _ids(invoice.customer, claimed), build)
 
 
-def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
+def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, ...]:
     """The lines that start a period of a plan. Raises Refused when a paid line is of a plan nobody knows."""
-    if invoice.lines.has_more:
-        detail = f"invoice {invoice.id} has more lines than its event carries; they must be fetched"
-        raise Refused("unresolved", detail, manual_fix=True)
     lines = []
     for line in invoice.lines.data:
-        if line.is_proration or line.quantity == 0:
+        # A correction's credit side takes back what was charged before; what it charges anew is a change of plan.
+        if line.quantity == 0 or (line.is_proration and (line.amount or 0) <= 0):
             continue
         plan = catalogue.plan_of_price(line.price_id)
+        if plan is None and line.is_proration:
+            continue
         if plan is None:
             of_subscription = line.item.subscription or line.subscription
             if not line.is_extra and (of_subscription or len(invoice.lines.data) == 1):
@@ -393,20 +331,120 @@ def _period_lines(invoice: _Invoice, catalogue: Catalogue) -> tuple[PeriodLine, 
                 quantity=1 if line.quantity is None else line.quantity,
                 # A coupon leaves the line's amount and discounts it; a trial's line costs nothing (R14).
                 trial=line.amount == 0,
+                prorated=line.is_proration,
             )
         )
     return tuple(lines)
 
 
+# -- subscriptions (R14) ---------------------------------------------------------------------------------------
+
+
+def _read_subscription(
+    cause: Cause, subscription: Subscription, catalogue: Catalogue
+) -> Understood | Ignored:
+    """What a subscription is now. It moves no credits: paid invoices do."""
+    claimed = _claimed_user((subscription.metadata,), None)
+    names = [
+        catalogue.plan_of_price(item.price.id if item.price else None)
+        for item in subscription.items.data
+    ]
+    plans = [name for name in names if name is not None]
+    start, end = (_moment(seconds) for seconds in subscription.period)
+    cancel_at = _moment(subscription.cancel_at)
+    as_of = AsOf(cause.occurred_at, SUBSCRIPTION_RANK[cause.type], cause.id)
+    ended = cause.type == "customer.subscription.deleted"
+
+    def build(identities: Identities) -> Command | Waiting:
+        owner = _owner(identities, subscription.customer, claimed)
+        if owner is None:
+            return _waiting(subscription.customer, f"subscription {subscription.id}")
+        metadata = _text_only(subscription.metadata)
+        metadata["resolved_supabase_user_id"] = owner.partition(":")[2]
+        action = RecordSubscription(
+            account=owner,
+            subscription_id=subscription.id,
+            as_of=as_of,
+            status="canceled" if ended else subscription.status,
+            plan=max(plans, key=lambda name: catalogue.plans[name].credits, default=None),
+            customer_id=subscription.customer,
+            period_start=start,
+            period_end=end,
+            cancel_at=cancel_at or (end if subscription.cancel_at_period_end else None),
+            metadata=orjson.dumps(metadata).decode(),
+        )
+        links = _links(subscription.customer, claimed, identities, "subscription")
+        return Command(cause, action, _fingerprint(cause), links)
+
+    return Understood(cause, _ids(subscription.customer, claimed), build)
+
+
+def _text_only(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as Stripe defines them, texts by name, without the one character that PostgreSQL does not keep."""
+    return {
+        name.replace("\x00", ""): value.replace("\x00", "")
+        for name, value in metadata.items()
+        if isinstance(value, str)
+    }
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+# -- money that goes back (R7) ------------------------------------------------------------------------------------
+
+
+def _money_action(type_: str, object_: Any) -> Action | None:
+    """What an event about a payment says; None for one that says nothing of money that came or went."""
+    if type_ == "invoice_payment.paid":
+        paid = read_data(InvoicePayment, object_)
+        name = paid.payment.name if paid.payment else None
+        return PayInvoice(PaymentIds(name), paid.invoice) if name and paid.invoice else None
+    if type_ in REFUND:
+        refund = read_data(Refund, object_)
+        failed = type_ == "refund.failed" or refund.status in {"failed", "canceled"}
+        status: RefundStatus = "succeeded" if refund.status == "succeeded" else "pending"
+        payment = _payment(refund.payment_intent, refund.charge, f"refund {refund.id}")
+        return RefundPayment(payment, refund.id, refund.amount, "failed" if failed else status)
+    if type_ == "charge.refunded":
+        charge = read_data(Charge, object_)
+        payment = _payment(charge.payment_intent, charge.id, f"charge {charge.id}")
+        return RefundCharge(payment, charge.amount_refunded)
+    if DISPUTE.fullmatch(type_):
+        dispute = read_data(Dispute, object_)
+        payment = _payment(dispute.payment_intent, dispute.charge, f"dispute {dispute.id}")
+        step = _dispute_step(type_.rpartition(".")[2], dispute.status)
+        return DisputePayment(payment, dispute.id, dispute.amount, step)
+    return None
+
+
+def _payment(payment_intent: str | None, charge: str | None, what: str) -> PaymentIds:
+    name = payment_intent or charge
+    if name is None:
+        raise Refused("unresolved", f"{what} names neither its payment intent nor its charge")
+    return PaymentIds(name, charge)
+
+
+def _dispute_step(event: str, status: str) -> DisputeStep:
+    """Withdrawal and reinstatement are told by their events, the end by the status; an inquiry moves nothing."""
+    if event == "funds_withdrawn":
+        return "withdrawn"
+    if event == "funds_reinstated":
+        return "reinstated"
+    if status == "lost":
+        return "lost"
+    if status == "won":
+        return "won"
+    return "inquiry" if status.startswith("warning_") or event == "closed" else "opened"
+
+
 # -- who it is (R13) ---------------------------------------------------------------------------------------------
 
 
-def _read_linking(cause: Cause, customer: _Customer) -> Understood | Ignored:
-    customer_id = customer.id if customer.object in {"customer", None} else customer.customer
+def _read_customer(cause: Cause, customer: Customer) -> Understood | Ignored:
     claimed = _claimed_user((customer.metadata,), None)
-    if customer_id is None or claimed is None:
-        return Ignored(cause.type)
-    return _linking(cause, customer_id, claimed, customer.object or "customer")
+    return _linking(cause, customer.id, claimed, "customer") if claimed else Ignored(cause.type)
 
 
 def _linking(cause: Cause, customer_id: str, claimed: str, resolved_by: str) -> Understood:

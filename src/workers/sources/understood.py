@@ -1,8 +1,8 @@
 """What a source makes of a record: a command to build once its owners are known, or nothing to do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from workers.ledger.commands import Cause, Command
 
@@ -25,6 +25,19 @@ class Waiting:
     provider: str
     external_id: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """The event leaves out what it is about: `path` names it in Stripe's API, below `/v1/`. It is read again with what
+    was fetched, and parked until then.
+    """
+
+    path: str
+    detail: str
+
+
+STRIPE_API = "stripe_api"  # what a message waits for that lacks something
 
 
 class Identities:
@@ -51,6 +64,7 @@ class Identities:
         return owners.pop() if len(owners) == 1 else f"user:{user_id}"
 
 
+Fetched: TypeAlias = Mapping[str, Any]  # objects of Stripe's API by their paths
 Build: TypeAlias = Callable[[Identities], Command | Waiting]
 
 

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 import asyncpg
 import orjson
 
-from workers.ledger.commands import CommandKey
+from workers.ledger.commands import AsOf, CommandKey
 from workers.ledger.model import (
     Account,
     Allocation,
@@ -27,6 +27,7 @@ from workers.ledger.model import (
     Purchase,
     Refund,
     Snapshot,
+    Subscription,
     Usage,
 )
 from workers.ledger.reach import Reach
@@ -60,8 +61,14 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
         OwnersChanged: a business object turned out to touch an account or a payment that is not locked.
     """
     state = Snapshot()
-    money = await _lock_money(connection, reach.money)
-    named = (reach.accounts, reach.generation_ids, reach.booking_ids, money)
+    money = await _lock_money(connection, reach)
+    named = (
+        reach.accounts,
+        reach.generation_ids,
+        reach.booking_ids,
+        money,
+        reach.subscription_ids,
+    )
     parties = await connection.fetch(SQL["find_parties"], *map(list, named)) if any(named) else ()
     locked = sorted(row[0] for row in parties)
     if locked:
@@ -75,6 +82,7 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     await _load_purchases(connection, state, reach, money)
     await _load_lots(connection, state, locked)
     await _load_allocations(connection, state, reach, money)
+    await _load_subscriptions(connection, state, reach, locked)
     await _load_generations(connection, state, reach, locked, now)
     await _load_bookings(connection, state, reach.booking_ids)
     await _load_usage(connection, state, locked, now)
@@ -82,14 +90,17 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     return state, now
 
 
-async def _lock_money(connection: Connection, named: Collection[str]) -> list[str]:
+async def _lock_money(connection: Connection, reach: Reach) -> list[str]:
     """Lock all rows of the money that is named. What is linked to it while we wait shows when we look again."""
-    if not named:
+    if not reach.money and not reach.subscription_ids:
         return []
-    money = sorted(row[0] for row in await connection.fetch(SQL["find_money"], list(named)))
+    named = (list(reach.money), list(reach.subscription_ids))
+    money = sorted(row[0] for row in await connection.fetch(SQL["find_money"], *named))
+    if not money:
+        return []
     await connection.execute(SQL["create_payments"], money)
     await connection.fetch(SQL["lock_payments"], money)
-    if len(await connection.fetch(SQL["find_money"], list(named))) != len(money):
+    if len(await connection.fetch(SQL["find_money"], *named)) != len(money):
         raise OwnersChanged
     return money
 
@@ -110,6 +121,7 @@ def _refuse_strangers(state: Snapshot) -> None:
         *(generation.account_id for generation in state.generations.values()),
         *(booking.client for booking in state.bookings.values()),
         *(booking.practitioner for booking in state.bookings.values()),
+        *(subscription.account_id for subscription in state.subscriptions.values()),
     )
     for account_id in named:
         if account_id is not None:
@@ -233,9 +245,22 @@ async def _load_allocations(
         return
     for row in await connection.fetch(SQL["load_allocations"], *map(list, named)):
         allocation = Allocation(**row)
-        state.allocations[allocation.subscription_id, allocation.period_start] = allocation
+        state.allocations[allocation.allocation_key] = allocation
         if allocation.account_id in state.accounts:
             _heir(state, allocation.account_id).allocations.append(allocation)
+
+
+async def _load_subscriptions(
+    connection: Connection, state: Snapshot, reach: Reach, locked: list[str]
+) -> None:
+    if not reach.subscription_ids:
+        return
+    for row in await connection.fetch(
+        SQL["load_subscriptions"], list(reach.subscription_ids), locked
+    ):
+        fields = dict(row)
+        as_of = AsOf(fields.pop("event_at"), fields.pop("event_rank"), fields.pop("event_id"))
+        state.subscriptions[row["subscription_id"]] = Subscription(as_of=as_of, **fields)
 
 
 async def _load_generations(

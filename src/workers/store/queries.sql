@@ -5,18 +5,23 @@
 SELECT external_id, provider, owner FROM identities WHERE external_id = ANY($1::text[]);
 
 -- name: find_money
--- Ids of payments, charges and invoices that speak of the same money as these: through a payment's charge, and through
--- the invoice that several payments may have paid.
-WITH named AS (
-    SELECT unnest($1::text[]) AS id
-    UNION SELECT payment_id FROM payments WHERE charge_id = ANY($1::text[])
-    UNION SELECT charge_id FROM payments WHERE payment_id = ANY($1::text[]) AND charge_id IS NOT NULL
-    UNION SELECT invoice_id FROM payments WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
-    UNION SELECT invoice_id FROM purchases WHERE payment_id = ANY($1::text[]) AND invoice_id IS NOT NULL
+-- Ids of payments, charges and invoices that speak of the same money as these, however far they are linked; for the
+-- subscriptions that are named the money of changes of plan, which may still wait for their period.
+WITH RECURSIVE money (id) AS (
+    SELECT unnest($1::text[])
+    UNION
+    SELECT changed.id FROM purchases p CROSS JOIN LATERAL unnest(ARRAY[p.payment_id, p.invoice_id]) changed (id)
+    WHERE p.subscription_id = ANY($2::text[]) AND p.worth IS NOT NULL AND changed.id IS NOT NULL
+    UNION
+    SELECT linked.id FROM money CROSS JOIN LATERAL (
+        SELECT unnest(ARRAY[p.payment_id, p.charge_id, p.invoice_id]) FROM payments p WHERE p.payment_id = money.id
+        UNION ALL SELECT p.payment_id FROM payments p WHERE p.charge_id = money.id
+        UNION ALL SELECT p.payment_id FROM payments p WHERE p.invoice_id = money.id
+        UNION ALL SELECT p.invoice_id FROM purchases p WHERE p.payment_id = money.id
+        UNION ALL SELECT p.payment_id FROM purchases p WHERE p.invoice_id = money.id
+    ) linked (id) WHERE linked.id IS NOT NULL
 )
-SELECT id FROM named
-UNION SELECT p.payment_id FROM named JOIN payments p ON p.invoice_id = named.id
-UNION SELECT p.payment_id FROM named JOIN purchases p ON p.invoice_id = named.id WHERE p.payment_id IS NOT NULL;
+SELECT id FROM money;
 
 -- name: create_payments
 -- On first sight, in the order in which they will be locked.
@@ -47,12 +52,29 @@ WITH RECURSIVE parties AS (
           WHERE booking_id = ANY($3::text[]) AND practitioner_account IS NOT NULL
     UNION SELECT account_id FROM purchases WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM purchases WHERE invoice_id = ANY($4::text[])
+    UNION SELECT account_id FROM allocations WHERE payment_id = ANY($4::text[])
+    UNION SELECT account_id FROM allocations WHERE invoice_id = ANY($4::text[])
+    UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
 ), heirs AS (
     SELECT account_id::text COLLATE "C" AS account_id FROM parties
     UNION SELECT a.merged_into::text COLLATE "C" FROM heirs JOIN accounts a ON a.account_id = heirs.account_id
           WHERE a.merged_into IS NOT NULL
 )
 SELECT account_id FROM heirs;
+
+-- name: find_fetched
+-- Objects of Stripe's API that events left out and that were fetched.
+SELECT path, body FROM stripe_objects WHERE path = ANY($1::text[]);
+
+-- name: find_lacking
+-- Objects that parked messages wait for and that nobody has fetched yet.
+SELECT DISTINCT p.waits_for FROM parked p
+WHERE p.provider = 'stripe_api' AND NOT EXISTS (SELECT FROM stripe_objects o WHERE o.path = p.waits_for) LIMIT $1;
+
+-- name: keep_fetched
+-- An object as it was when it was fetched.
+INSERT INTO stripe_objects (path, body, fetched_at) VALUES ($1, $2::jsonb, clock_timestamp())
+ON CONFLICT (path) DO NOTHING;
 
 -- name: create_accounts
 -- R1: created on first sight, in the order in which they will be locked.
@@ -110,7 +132,7 @@ FROM bookings WHERE booking_id = ANY($1::text[]);
 -- The business keys that are named, what the locked money paid for, and what the subscriptions that are named were
 -- granted: raised periods have keys of their own.
 SELECT purchase_key, account_id, kind, lot_id, credits, subscription_id, plan, period_start, period_end, invoice_id,
-       payment_id, paid, month, clawed, clawed_parts, catalogue_version, transaction_id, recorded_at
+       payment_id, paid, month, worth, clawed, clawed_parts, catalogue_version, transaction_id, recorded_at
 FROM purchases
 WHERE purchase_key = ANY($1::text[]) OR payment_id = ANY($2::text[]) OR invoice_id = ANY($2::text[])
    OR subscription_id = ANY($3::text[]);
@@ -118,11 +140,17 @@ WHERE purchase_key = ANY($1::text[]) OR payment_id = ANY($2::text[]) OR invoice_
 -- name: load_allocations
 -- Yearly periods: those of locked accounts with months to come, and those of the subscriptions and the money that are
 -- named, whether they go on or not.
-SELECT subscription_id, period_start, period_end, account_id, plan, credits, next_month, next_at, invoice_id, payment_id,
-       paid, returned
+SELECT allocation_key, subscription_id, anchor_at, period_end, account_id, plan, credits, next_month, next_at, invoice_id,
+       payment_id, paid, returned
 FROM allocations
 WHERE (account_id = ANY($1::text[]) AND next_at IS NOT NULL) OR subscription_id = ANY($2::text[])
    OR invoice_id = ANY($3::text[]) OR payment_id = ANY($3::text[]);
+
+-- name: load_subscriptions
+-- The subscriptions that are named, and all of the locked accounts: together they decide the tier.
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata, event_at,
+       event_rank, event_id, recorded_at
+FROM subscriptions WHERE subscription_id = ANY($1::text[]) OR account_id = ANY($2::text[]);
 
 -- name: load_usage
 -- Today's counters whatever the account's zone, and those of the days on which loaded generations were counted.
@@ -178,14 +206,13 @@ FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, cl
 WHERE p.purchase_key = n.purchase_key;
 
 -- name: update_allocations
--- Months granted, stopped or raised.
+-- Months granted, stopped, ended or moved.
 UPDATE allocations a
-SET account_id = n.account_id, plan = n.plan, credits = n.credits, next_month = n.next_month, next_at = n.next_at,
+SET account_id = n.account_id, period_end = n.period_end, next_month = n.next_month, next_at = n.next_at,
     returned = n.returned
-FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::bigint[], $6::int[], $7::timestamptz[],
-            $8::bigint[])
-     AS n (subscription_id, period_start, account_id, plan, credits, next_month, next_at, returned)
-WHERE a.subscription_id = n.subscription_id AND a.period_start = n.period_start;
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::int[], $5::timestamptz[], $6::bigint[])
+     AS n (allocation_key, account_id, period_end, next_month, next_at, returned)
+WHERE a.allocation_key = n.allocation_key;
 
 -- name: update_payments
 -- What was told of payments, whose rows this transaction has locked.
@@ -207,10 +234,31 @@ FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
      AS n (payment_id, dispute_id, amount, steps, recorded_at)
 ON CONFLICT (payment_id, dispute_id) DO UPDATE SET amount = excluded.amount, steps = excluded.steps;
 
+-- name: write_subscriptions
+-- Stripe's latest word on subscriptions.
+INSERT INTO subscriptions (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
+                           metadata, event_at, event_rank, event_id, recorded_at)
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata::jsonb,
+       event_at, event_rank, event_id, recorded_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
+            $8::timestamptz[], $9::text[], $10::timestamptz[], $11::int[], $12::text[], $13::timestamptz[])
+     AS n (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata,
+           event_at, event_rank, event_id, recorded_at)
+ON CONFLICT (subscription_id) DO UPDATE
+SET account_id = excluded.account_id, customer_id = excluded.customer_id, plan = excluded.plan,
+    status = excluded.status, period_start = excluded.period_start, period_end = excluded.period_end,
+    cancel_at = excluded.cancel_at, metadata = excluded.metadata, event_at = excluded.event_at,
+    event_rank = excluded.event_rank, event_id = excluded.event_id, recorded_at = excluded.recorded_at;
+
 -- name: merge_purchases
 -- What a merged account bought is its heir's.
 UPDATE purchases p SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
 WHERE p.account_id = n.source;
+
+-- name: merge_allocations
+-- So are months that may begin again.
+UPDATE allocations a SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE a.account_id = n.source;
 
 -- name: merge_subscriptions
 -- So are its subscriptions.
@@ -272,7 +320,8 @@ FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[],
             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
      AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, provider, waits_for, detail,
            source, type, command_key)
-ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING;
+ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING
+RETURNING topic, partition, kafka_offset, record_hash;
 
 -- name: claim_parked
 -- Messages whose wait is over: their time came, or what they wait for is known. Polling is the guarantee, so that no
@@ -282,6 +331,7 @@ SELECT p.parked_id, p.topic, p.partition, p.kafka_offset, p.record_at, p.key, p.
 FROM parked p
 WHERE p.next_attempt_at <= clock_timestamp()
    OR EXISTS (SELECT FROM identities i WHERE i.external_id = p.waits_for AND i.provider = p.provider)
+   OR (p.provider = 'stripe_api' AND EXISTS (SELECT FROM stripe_objects o WHERE o.path = p.waits_for))
 ORDER BY p.parked_id LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- name: wait_longer

@@ -25,7 +25,7 @@ COMMAND_COLUMNS = (
 )  # fmt: skip
 LOT_COLUMNS = (
     "lot_id", "account_id", "pool", "granted", "remaining", "held", "expired", "clawed", "open", "expires_at",
-    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at",
+    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at", "position",
 )  # fmt: skip
 GENERATION_COLUMNS = (
     "generation_id", "account_id", "member_id", "state", "kind", "model", "units", "held", "hold_allocation",
@@ -37,12 +37,12 @@ BOOKING_COLUMNS = (
 )  # fmt: skip
 PURCHASE_COLUMNS = (
     "purchase_key", "account_id", "kind", "lot_id", "credits", "subscription_id", "plan", "period_start", "period_end",
-    "invoice_id", "payment_id", "paid", "month", "clawed", "clawed_parts", "catalogue_version", "transaction_id",
+    "invoice_id", "payment_id", "paid", "month", "worth", "clawed", "clawed_parts", "catalogue_version", "transaction_id",
     "recorded_at",
 )  # fmt: skip
 ALLOCATION_COLUMNS = (
-    "subscription_id", "period_start", "period_end", "account_id", "plan", "credits", "next_month", "next_at",
-    "invoice_id", "payment_id", "paid", "returned",
+    "allocation_key", "subscription_id", "anchor_at", "period_end", "account_id", "plan", "credits", "next_month",
+    "next_at", "invoice_id", "payment_id", "paid", "returned",
 )  # fmt: skip
 OUTBOX_COLUMNS = (
     "id",
@@ -90,6 +90,7 @@ async def record_execution(
     await _write_purchases(connection, execution)
     await _write_allocations(connection, execution)
     await _write_payments(connection, execution)
+    await _write_subscriptions(connection, execution)
     await _write_usage(connection, execution)
     await _forward_merged(connection, execution)
     return publications
@@ -245,6 +246,7 @@ def _lot_row(lot: Lot) -> tuple[Any, ...]:
         lot.period_start,
         lot.granted_version,
         lot.granted_at,
+        lot.position,
     )
 
 
@@ -353,7 +355,10 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
 
 def _parts(purchase: Purchase) -> str:
     return orjson.dumps(
-        [[part.source, part.credits, part.lot_id] for part in purchase.parts]
+        [
+            [part.source, part.credits, str(part.lot_id) if part.lot_id else None]
+            for part in purchase.parts
+        ]
     ).decode()
 
 
@@ -367,11 +372,9 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
     await _copy(connection, "allocations", ALLOCATION_COLUMNS, fresh)
     old = [
         (
-            allocation.subscription_id,
-            allocation.period_start,
+            allocation.allocation_key,
             allocation.account_id,
-            allocation.plan,
-            allocation.credits,
+            allocation.period_end,
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
@@ -416,6 +419,29 @@ async def _write_payments(connection: Connection, execution: Execution) -> None:
         await connection.execute(SQL["write_disputes"], *columns(disputes))
 
 
+async def _write_subscriptions(connection: Connection, execution: Execution) -> None:
+    subscriptions = execution.state.subscriptions
+    rows = [
+        (
+            one.subscription_id,
+            one.account_id,
+            one.customer_id,
+            one.plan,
+            one.status,
+            one.period_start,
+            one.period_end,
+            one.cancel_at,
+            one.metadata,
+            *one.as_of,
+            one.recorded_at,
+        )
+        for _, one in sorted(subscriptions.items())
+        if one.changed
+    ]
+    if rows:
+        await connection.execute(SQL["write_subscriptions"], *columns(rows))
+
+
 async def _forward_merged(connection: Connection, execution: Execution) -> None:
     """What is found by its account and was not loaded follows a merge; chains of one batch end at the last heir."""
     if not execution.merged:
@@ -428,6 +454,7 @@ async def _forward_merged(connection: Connection, execution: Execution) -> None:
             heir = execution.merged[heir]
         heirs.append(heir)
     await connection.execute(SQL["merge_purchases"], sources, heirs)
+    await connection.execute(SQL["merge_allocations"], sources, heirs)
     await connection.execute(SQL["merge_subscriptions"], sources, heirs)
     await connection.execute(SQL["merge_identities"], sources, heirs)
     await connection.execute(SQL["forward_merged"], sources, heirs, execution.now)

@@ -93,8 +93,9 @@ async def keep_dead(connection: Connection, dead: Sequence[tuple[Work, Refused]]
 
 async def keep_waiting(
     connection: Connection, waiting: Sequence[Wait], *, deadline_seconds: int
-) -> None:
-    """Park messages that wait, or let them wait longer."""
+) -> list[Wait]:
+    """Park messages that wait, or let them wait longer. Returns those that were not parked before."""
+    news: list[Wait] = []
     new = [wait for wait in waiting if wait.work.parked_id is None]
     if new:
         rows = [
@@ -107,7 +108,11 @@ async def keep_waiting(
             )
             for wait in new
         ]
-        await connection.execute(SQL["park"], *columns(rows), deadline_seconds)
+        parked = {
+            tuple(row)
+            for row in await connection.fetch(SQL["park"], *columns(rows), deadline_seconds)
+        }
+        news = [wait for wait in new if _coordinates(wait.work.record)[:4] in parked]
     again = [
         (wait.work.parked_id, wait.provider, wait.external_id, wait.detail)
         for wait in waiting
@@ -115,6 +120,7 @@ async def keep_waiting(
     ]
     if again:
         await connection.execute(SQL["wait_longer"], *columns(again))
+    return news
 
 
 async def settle_parked(

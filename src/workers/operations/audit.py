@@ -1,0 +1,254 @@
+"""Whether the books are whole: every invariant of the ledger, asked of the stored rows alone (R2, R7, R9).
+
+Hides the questions (`audit.sql`) and how the chain of hashes is computed anew. Invariants: everything is read in one
+repeatable-read, read-only transaction, so that a system at work gives no false alarm; nothing is repaired here; memory
+does not grow with the ledger, only with what is wrong with it.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from heapq import nsmallest
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, get_args
+from uuid import UUID
+
+import asyncpg
+import orjson
+
+from workers.ledger.model import Entry, Kind, LotMove
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # a string: only the stubs know it as generic
+Connection: TypeAlias = (
+    "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
+)
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+# What one question may take. A million entries take seconds; an hour is a database in trouble.
+STATEMENT_SECONDS_MAX = 3600
+# Entries in memory at once: a few megabytes.
+ENTRIES_READ_MAX = 2000
+# A worker's session is made for finding few rows by key; these questions read whole tables.
+_SESSION = {
+    "statement_timeout": str(STATEMENT_SECONDS_MAX * 1000),
+    "enable_seqscan": "on",
+    "jit": "off",
+    "work_mem": "64MB",
+}
+_SET = "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)"
+# Everything that a question found is counted; what is told of it is bounded by the caller.
+_FOUND = """
+SELECT f.account_id::text, f.subject, f.id::text, f.field, f.stored, f.expected, count(*) OVER () AS found
+FROM ({query}) AS f (account_id, subject, id, field, stored, expected)
+ORDER BY f.account_id::text COLLATE "C", f.subject, length(f.id::text), f.id::text COLLATE "C", f.field LIMIT {limit}
+"""
+_BLOCK = re.compile(
+    r"^-- name: (\w+)\n(?:-- checks: ([\w, ]+)\n)?((?:-- [^\n]*\n)+)(.*?)(?=^-- (?:name: |-- )|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+HASHES = "hashes_are_contents"
+_KINDS = list(get_args(Kind))
+_READ = {item.name for item in fields(Entry) if item.init} - {"moves", "cause"}
+
+
+class Invariant(NamedTuple):
+    """One thing that must be true. `checks` names the counts that say how many things it was asked of."""
+
+    name: str
+    sentence: str
+    checks: tuple[str, ...]
+    query: str
+
+
+class Finding(NamedTuple):
+    """Something that is not as it must be. `subject` and `id` name it: version 3, lot 0193…, booking b1.
+
+    `account_id` is None where no account is concerned.
+    """
+
+    invariant: str
+    account_id: str | None
+    subject: str
+    id: str
+    field: str
+    stored: str | None
+    expected: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """What came of one invariant: of `checked` things `found` were not as they must be; some of them are told."""
+
+    invariant: Invariant
+    checked: int
+    found: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """The books as of one moment. `accounts` are those that were asked for, None for all."""
+
+    as_of: datetime
+    accounts: Sequence[str] | None
+    counts: dict[str, int]
+    verdicts: Sequence[Verdict]
+    seconds: float
+
+    @property
+    def found(self) -> int:
+        """How many findings there are in all."""
+        return sum(verdict.found for verdict in self.verdicts)
+
+    @property
+    def broken(self) -> int:
+        """How many invariants do not hold."""
+        return sum(verdict.found > 0 for verdict in self.verdicts)
+
+
+def _read() -> dict[str, Invariant]:
+    text = Path(__file__).with_name("audit.sql").read_text(encoding="utf-8")
+    blocks = {}
+    for name, checks, comment, query in _BLOCK.findall(text):
+        sentence = " ".join(line.removeprefix("-- ") for line in comment.splitlines())
+        counted = tuple(checks.split(", ")) if checks else ()
+        blocks[name] = Invariant(name, sentence, counted, query.strip().rstrip(";"))
+    return blocks
+
+
+_BLOCKS = _read()
+INVARIANTS: tuple[Invariant, ...] = tuple(block for block in _BLOCKS.values() if block.checks)
+
+
+async def audit(
+    pool: Pool,
+    accounts: Sequence[str] | None = None,
+    *,
+    keep: int | None = None,
+    progress: Progress = lambda _name, _done, _total: None,
+) -> Audit:
+    """Ask every invariant of the whole ledger, or of some accounts and of those that were merged into them.
+
+    At most `keep` findings of each invariant are told, all when it is None; they are counted in any case. `progress` is
+    told the invariant's name, how many things are done, and how many there are.
+    """
+    started = time.perf_counter()
+    async with (
+        pool.acquire() as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        await connection.execute(_SET, list(_SESSION), list(_SESSION.values()))
+        wanted = list(accounts) if accounts is not None else None
+        if wanted is not None:
+            wanted = [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, wanted)]
+        (row,) = await _fetch(connection, _BLOCKS["counts"].query, wanted)
+        counts = {name: value for name, value in row.items() if name != "as_of"}
+        verdicts = []
+        for invariant in INVARIANTS:
+            checked = sum(counts[name] for name in invariant.checks)
+            verdict = Verdict(invariant=invariant, checked=checked)
+            progress(invariant.name, 0, checked)
+            begun = time.perf_counter()
+            await _judge(connection, verdict, wanted, keep, progress)
+            verdict.seconds = time.perf_counter() - begun
+            verdicts.append(verdict)
+    return Audit(
+        as_of=row["as_of"],
+        accounts=accounts,
+        counts=counts,
+        verdicts=verdicts,
+        seconds=time.perf_counter() - started,
+    )
+
+
+async def _fetch(connection: Connection, query: str, *arguments: Any) -> list[asyncpg.Record]:
+    return await connection.fetch(query, *arguments, timeout=STATEMENT_SECONDS_MAX)
+
+
+async def _judge(
+    connection: Connection,
+    verdict: Verdict,
+    accounts: list[str] | None,
+    keep: int | None,
+    progress: Progress,
+) -> None:
+    try:
+        # A savepoint: a question that fails leaves the others answerable.
+        async with connection.transaction():
+            if verdict.invariant.name == HASHES:
+                await _recompute(connection, verdict, accounts, keep, progress)
+            else:
+                await _ask(connection, verdict, accounts, keep)
+    except (asyncpg.DataError, asyncpg.DataCorruptedError, asyncpg.IndexCorruptedError) as error:
+        # What is stored cannot even be read as what it should be: that is a finding, not a failure.
+        name = verdict.invariant.name
+        finding = Finding(
+            name, None, "invariant", name, "rows", str(error), "rows that can be read"
+        )
+        verdict.found += 1
+        verdict.findings.append(finding)
+
+
+async def _ask(
+    connection: Connection, verdict: Verdict, accounts: list[str] | None, keep: int | None
+) -> None:
+    name, query = verdict.invariant.name, verdict.invariant.query
+    query = query.replace("{heirs}", _BLOCKS["heirs"].query)
+    arguments: list[Any] = [accounts]
+    if "$2" in query:
+        arguments.append(_KINDS)
+    wrapped = _FOUND.format(query=query, limit=f"${len(arguments) + 1}")
+    # One row at least: it bears the count.
+    rows = await _fetch(connection, wrapped, *arguments, None if keep is None else max(keep, 1))
+    verdict.findings += [Finding(name, *tuple(row)[:-1]) for row in rows[:keep]]
+    verdict.found = rows[0]["found"] if rows else 0
+
+
+async def _recompute(
+    connection: Connection,
+    verdict: Verdict,
+    accounts: list[str] | None,
+    keep: int | None,
+    progress: Progress,
+) -> None:
+    """Build each entry again from its row, and its hash from the entry. Their order does not matter: that each hangs
+    on its predecessor is another question.
+    """
+    cursor = await connection.cursor(
+        verdict.invariant.query, accounts, timeout=STATEMENT_SECONDS_MAX
+    )
+    done = 0
+    while rows := await cursor.fetch(ENTRIES_READ_MAX, timeout=STATEMENT_SECONDS_MAX):
+        for row in rows:
+            stored, expected = row["hash"].hex(), _expected_hash(row)
+            if stored != expected:
+                where = (row["account_id"], "version", str(row["version"]))
+                verdict.findings.append(Finding(HASHES, *where, "hash", stored, expected))
+                verdict.found += 1
+        done += len(rows)
+        progress(HASHES, done, verdict.checked)
+        if keep is not None:
+            verdict.findings[:] = nsmallest(keep, verdict.findings, key=_place)
+    # The rows came as they lie on disk.
+    verdict.findings.sort(key=_place)
+
+
+def _place(finding: Finding) -> tuple[str, int]:
+    return finding.account_id or "", int(finding.id)
+
+
+def _expected_hash(row: asyncpg.Record) -> str:
+    """The hash of what a row says, in hexadecimal; where it says nothing that an entry could say, why."""
+    try:
+        moves = tuple(
+            LotMove(UUID(move["lot_id"]), move["pool"], move["amount"], move["held"])
+            for move in orjson.loads(row["allocation"])
+        )
+        content = {name: row[name] for name in _READ}
+        entry = Entry(moves=moves, cause=orjson.loads(row["cause"]), **content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"that of an entry: its row cannot be read as one ({type(error).__name__})"
+    return entry.link.hex()
