@@ -1,6 +1,7 @@
 """What is written is what is loaded: a snapshot's round trip through the tables, field by field."""
 
 import os
+from collections import Counter
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from .commands_kit import (
     SMALL,
     START,
     Books,
+    InMemory,
     Story,
     crowd,
     differences,
@@ -42,7 +44,7 @@ from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, req
 # So many rows of everything, and a batch that touches few of them.
 CROWD, TOUCHED = 30_000, 100
 # The ordinary suite tells few stories; CREDITS_TEST_EXAMPLES=100 tells a hundred times as many.
-SEEDS = range(1, 1 + 8 * int(os.environ.get("CREDITS_TEST_EXAMPLES", "1")))
+SEEDS = range(9, 9 + 8 * int(os.environ.get("CREDITS_TEST_EXAMPLES", "1")))
 MARKS = {"lots", "due", "settled", "changed", "fresh"}
 
 
@@ -226,19 +228,17 @@ async def test_the_parties_of_a_business_object_are_locked_with_it(
 async def tell(seed: int, owner: asyncpg.Connection, database_url: str, *, batches: int) -> None:
     """A story for both ledgers, batch by batch: they decide alike, and afterwards every row and column is the same."""
     story = Story(seed)
-    remembered = memory.Ledger(catalogue=SMALL, now=START)
+    remembered = InMemory(catalogue=SMALL, now=START)
     async with pool_at(owner, database_url, START, size_max=1) as pool:
         books = Books(pool, SMALL, memory.ids())
         for number in range(batches):
             remembered.now = story.wait()
             await set_clock(owner, remembered.now)
-            commands = tuple(remembered.command(action) for action in story.batch())
+            commands = story.batch(remembered.command)
             where = f"seed {seed}, batch {number}: {[command.action for command in commands]}"
 
             stored, expected = await books.run(*commands), remembered.run(*commands)
 
-            for _ in expected.alerts:
-                next(remembered.ids)  # the worker draws an id for each, from the same supply
             assert stored.now == remembered.now, where
             assert stored.alerts == expected.alerts, where
             outcomes = [decision.outcome for decision in expected.decisions]
@@ -256,10 +256,6 @@ def due_in_memory(ledger: Any) -> set[str]:
     return {name for name, row in accounts.items() if row.version > ledger.accounts[name].version}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="UUIDs of clawed parts are not written, stopped allocations do not follow a merge, a new lot's `position` is lost",
-)
 async def test_what_is_stored_is_what_memory_knows(
     owner: asyncpg.Connection, database_url: str
 ) -> None:
@@ -275,37 +271,40 @@ async def test_what_is_stored_is_what_memory_knows(
 
 async def test_the_stories_have_rows_of_every_kind() -> None:
     """The comparison would prove little about what never happens: here is what must have, told in memory alone."""
-    parts, steps, states, merged, kinds = set(), set(), set(), 0, set()
-    left_behind = stopped = resumed = 0
+    kinds, parts, steps, states = set(), set(), set(), set()
+    seen: Counter[str] = Counter()
     for seed in SEEDS[:8]:
         story = Story(seed)
-        ledger = memory.Ledger(catalogue=SMALL, now=START)
+        ledger = InMemory(catalogue=SMALL, now=START)
         for _ in range(60):
             ledger.now = story.wait()
-            running = {key for key, row in ledger.allocations.items() if row.next_at is not None}
-            known = set(ledger.allocations)
-            ledger.run(*(ledger.command(action) for action in story.batch()))
-            now_running = {
-                key for key, row in ledger.allocations.items() if row.next_at is not None
-            }
-            stopped += len(running - now_running)
-            resumed += len((now_running & known) - running)
+            known = {key: row.next_at is not None for key, row in ledger.allocations.items()}
+            ledger.run(*story.batch(ledger.command))
+            for key, row in ledger.allocations.items():
+                seen["months that stopped"] += known.get(key) is True and row.next_at is None
+                seen["months that went on"] += known.get(key) is False and row.next_at is not None
+            parts |= {part.source for row in ledger.purchases.values() for part in row.parts}
         kinds |= {entry.kind for journal in ledger.entries.values() for entry in journal}
-        merged += sum(row.merged_into is not None for row in ledger.accounts.values())
-        for row in ledger.purchases.values():
-            parts |= {part.source for part in row.parts}
-            lot = ledger.lot_rows.get(row.lot_id)
-            left_behind += lot is not None and lot.account_id != row.account_id
         for payment in ledger.payments.values():
             states |= {refund.status for refund in payment.refunds.values()}
             steps |= {step for one in payment.disputes.values() for step in one.steps}
+        accounts, lots = ledger.accounts.values(), ledger.lot_rows
+        seen["accounts that merged"] += sum(row.merged_into is not None for row in accounts)
+        for row in ledger.purchases.values():
+            lot = lots.get(row.lot_id)
+            seen["lots that were used up before a merge"] += (
+                lot is not None and lot.account_id != row.account_id
+            )
+            seen["changes of plan"] += row.worth is not None
+            seen["changes before their period"] += row.worth is not None and "+" in row.purchase_key[-4:]
+        seen["subscriptions"] += len(ledger.subscriptions)
+        seen["several lots of a merge"] += sum(row.position > 0 for row in lots.values())
 
+    assert kinds == set(get_args(Kind))
     assert parts == {"lot", "expired", "debt"}
     assert steps == {"inquiry", "opened", "withdrawn", "reinstated", "won", "lost"}
     assert states == {"pending", "succeeded", "failed"}
-    assert kinds == set(get_args(Kind))
-    # Accounts that merged, months that stopped and went on, lots that were used up before their owner merged.
-    assert min(merged, stopped, resumed, left_behind) > 0
+    assert [what for what, count in seen.items() if not count] == []
 
 
 # -- what a load looks at -------------------------------------------------------------------------------------------
@@ -323,17 +322,19 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
     elsewhere = [f"user:heir{number}" for number in numbers]
     now = datetime.now(UTC)
     return {
-        "find_money": (payments,),
+        "find_money": (payments, subscriptions),
         "lock_payments": (money,),
         "load_payments": (money,),
-        "find_parties": (accounts, generations, [], money),
+        "find_parties": (accounts, generations, [], money, subscriptions),
         "lock_accounts": (accounts,),
         "load_lots": (accounts, []),
         "load_generations": (generations, accounts, now, []),
         "load_purchases": (keys, money, subscriptions),
         "load_allocations": (accounts, subscriptions, money),
+        "load_subscriptions": (subscriptions, accounts),
         "load_usage": (accounts, now.date(), []),
         "merge_purchases": (accounts, elsewhere),
+        "merge_allocations": (accounts, elsewhere),
         "merge_subscriptions": (accounts, elsewhere),
         "merge_identities": (accounts, elsewhere),
         "find_due_accounts": (500, []),

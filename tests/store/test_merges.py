@@ -10,19 +10,18 @@ from workers.ledger.commands import Action, Link
 from workers.store.reads import resolve_owner
 
 from .commands_kit import (
-    CLAWED_LOTS_ARE_NOT_WRITTEN,
     Books,
     at_once,
     command,
     deadlocks,
     give_back,
     memory,
-    merge,
     problems,
     told,
 )
 from .kit import SOMEBODY_WAITS, adjust, book, grant, link, money, outcomes, request, until
 
+merge = memory.merge
 ANN, BOB, CAT = memory.ANN, memory.BOB, memory.CAT
 TOTAL = "SELECT sum(subscription + purchased - debt) FROM accounts"
 LOCK_ANN = "SELECT FROM accounts WHERE account_id = 'user:ann' FOR UPDATE"
@@ -152,7 +151,6 @@ async def test_merges_among_everything_else_lose_and_make_nothing(
     assert await deadlocks(owner, pool) == 0
 
 
-@CLAWED_LOTS_ARE_NOT_WRITTEN
 async def test_a_refund_at_once_with_the_merge_of_its_account_takes_from_the_heir(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -313,9 +311,6 @@ async def test_the_order_of_the_sources_lots_is_stored(
     assert [tuple(row) for row in rows] == [(1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 3)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="store/record.py: LOT_COLUMNS leaves `position` out of new lots"
-)
 async def test_the_order_of_lots_that_are_made_and_merged_in_one_batch_is_stored(
     books: Books, owner: asyncpg.Connection
 ) -> None:
