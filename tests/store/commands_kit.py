@@ -71,7 +71,14 @@ from workers.store.record import record_execution, record_publications
 from workers.store.sql import SQL
 
 from . import journal
-from .kit import NOBODY_ELSE, PARKED_SECONDS, RECORD_BYTES_MAX, SECRET, until
+from .kit import (
+    NOBODY_ELSE,
+    PARKED_SECONDS,
+    RECORD_BYTES_MAX,
+    SECRET,
+    SOMEBODY_WAITS,
+    until,
+)
 
 
 def _ledger_kit() -> ModuleType:
@@ -244,13 +251,27 @@ class Books(Ledger):
         return execution
 
 
-async def at_once(books: Books, batches: Sequence[Sequence[Command]], connections: int = 8) -> None:
-    """Run batches on so many connections, in no order. Any error that a worker would show its caller fails the test."""
+async def at_once(
+    books: Books,
+    batches: Sequence[Sequence[Command]],
+    *,
+    connections: int = 8,
+    whatever_races: bool = False,
+) -> None:
+    """Run batches on so many connections, in no order. Any error that a worker would show its caller fails the test,
+    except, if told so, that a batch lost more races than a worker tries.
+    """
     waiting = list(batches)
 
     async def worker() -> None:
         while waiting:
-            await books.run(*waiting.pop())
+            batch = waiting.pop()
+            try:
+                await books.run(*batch)
+            except OwnersChanged:
+                if not whatever_races:
+                    raise
+                waiting.append(batch)
 
     workers = [asyncio.create_task(worker()) for _ in range(connections)]
     try:
@@ -259,6 +280,31 @@ async def at_once(books: Books, batches: Sequence[Sequence[Command]], connection
         for task in workers:
             task.cancel()  # after an error nobody goes on
         await asyncio.wait(workers)
+
+
+@contextlib.asynccontextmanager
+async def written_last(
+    pool: asyncpg.Pool, last: Command, books: Books, owner: asyncpg.Connection
+) -> AsyncIterator[None]:
+    """Run a command that has loaded and decided already, and writes when this block ends."""
+    async with pool.acquire() as blocker:
+        transaction = blocker.transaction()
+        await transaction.start()
+        # Whoever writes the same key waits here for us.
+        await blocker.execute(
+            """INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
+               VALUES ($1, $2, $3, '', 'duplicate', gen_random_uuid(), now())""",
+            last.cause.source,
+            last.cause.type,
+            last.cause.key,
+        )
+        running = asyncio.create_task(books.run(last))
+        await until(owner, SOMEBODY_WAITS)
+        try:
+            yield
+        finally:
+            await transaction.rollback()
+            await running
 
 
 async def deadlocks(owner: asyncpg.Connection, pool: asyncpg.Pool) -> int:

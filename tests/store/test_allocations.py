@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
-from uuid import UUID
 
 import asyncpg
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from workers.batch import Report
 from workers.ledger.commands import Settle
 from workers.ledger.model import add_months
-from workers.ledger.outcomes import InvariantViolated
 from workers.store.sql import SQL
 
 from .commands_kit import (
@@ -30,6 +28,7 @@ from .commands_kit import (
     rows,
     rows_read,
     set_clock,
+    written_last,
     yearly,
 )
 from .kit import SOMEBODY_WAITS, money, until
@@ -38,10 +37,6 @@ merge = memory.merge
 ANN, BOB = memory.ANN, memory.BOB
 ACCOUNTS = 50_000
 SECOND = timedelta(seconds=1)
-A_REFUNDS_OWN_MONTH_IS_NOT_NETTED = pytest.mark.xfail(
-    strict=True,
-    reason="ledger/payments.py: `follow` lists what was bought before it settles, and misses the month that this grants",
-)
 
 
 def month(number: int) -> datetime:
@@ -188,7 +183,6 @@ async def test_a_merge_at_once_with_the_clock_grants_a_month_once(
 # -- refunds ------------------------------------------------------------------------------------------------------
 
 
-@A_REFUNDS_OWN_MONTH_IS_NOT_NETTED
 async def test_a_refund_at_once_with_the_clock_is_netted_in_every_month(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -253,7 +247,6 @@ async def test_a_refund_before_the_invoice_holds_back_every_month(
     assert not_on_target(stored) == []
 
 
-@A_REFUNDS_OWN_MONTH_IS_NOT_NETTED
 async def test_a_month_that_falls_due_with_a_refund_is_netted_too(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -268,11 +261,6 @@ async def test_a_month_that_falls_due_with_a_refund_is_netted_too(
     assert [row["clawed"] for row in stored["purchases"].values()] == [200, 200]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="ledger/payments.py: _tell_of_dispute settles accounts while it iterates over the purchases",
-)
 async def test_a_dispute_that_opens_when_a_month_falls_due_is_told(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -286,11 +274,6 @@ async def test_a_dispute_that_opens_when_a_month_falls_due_is_told(
     assert await owner.fetchval("SELECT count(*) FROM outbox WHERE type = 'credit.alert'") == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=InvariantViolated,
-    reason="store/record.py: a merge moves purchases, and no allocation but those that the load brought",
-)
 async def test_months_that_were_stopped_follow_a_merge(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -309,40 +292,20 @@ async def test_months_that_were_stopped_follow_a_merge(
     assert await problems(owner) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=asyncpg.UniqueViolationError,
-    reason="store/queries.sql: find_parties does not lock the account of a subscription's allocation, which is written",
-)
 async def test_an_invoice_for_another_account_does_not_undo_what_the_clock_did(
     books: Books, clocked: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:
     """A year is raised by an invoice that resolves to somebody else, while its month is granted: the month stays granted."""
     await books.given(yearly(START, payment=None), memory.grant(1, to=BOB))
     raised = command(yearly(START, to=BOB, id="in_2", payment=None, quantity=2), key="raised")
-    blocker = await clocked.acquire()
-    held = blocker.transaction()
-    await held.start()
-    # Whoever writes the same key waits here, after it has loaded.
-    await blocker.execute(
-        "INSERT INTO commands VALUES ('tests', $1, 'raised', '', 'applied', NULL, NULL, NULL, NULL, $2, now())",
-        raised.cause.type,
-        UUID(int=1),
-    )
-    raising = asyncio.create_task(books.run(raised))
-    await until(owner, SOMEBODY_WAITS)
-    await set_clock(owner, month(1))
-    settling = asyncio.create_task(books.run(command(Settle(ANN))))
-    # Either it is done at once, or it waits as well.
-    await until(
-        owner,
-        "SELECT (SELECT count(*) FROM purchases WHERE month = 1) > 0 OR ("
-        + SOMEBODY_WAITS.replace("> 0", "= 2")
-        + ")",
-    )
-    await held.rollback()
-    await clocked.release(blocker)
-    await asyncio.gather(raising, settling)
+    async with written_last(clocked, raised, books, owner):
+        await set_clock(owner, month(1))
+        settling = asyncio.create_task(books.run(command(Settle(ANN))))
+        # Either it is done at once, or it waits as well.
+        two_wait = SOMEBODY_WAITS.replace("> 0", "= 2")
+        granted_already = "(SELECT count(*) FROM purchases WHERE month = 1) > 0"
+        await until(owner, f"SELECT {granted_already} OR ({two_wait})")
+    await settling
 
     await set_clock(owner, month(2))
     await books.run(command(Settle(ANN)))

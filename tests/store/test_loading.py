@@ -44,7 +44,8 @@ from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, req
 # So many rows of everything, and a batch that touches few of them.
 CROWD, TOUCHED = 30_000, 100
 # The ordinary suite tells few stories; CREDITS_TEST_EXAMPLES=100 tells a hundred times as many.
-SEEDS = range(9, 9 + 8 * int(os.environ.get("CREDITS_TEST_EXAMPLES", "1")))
+TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
+SEEDS = range(9, 9 + 8 * TIMES_AS_MANY)
 MARKS = {"lots", "due", "settled", "changed", "fresh"}
 
 
@@ -256,6 +257,7 @@ def due_in_memory(ledger: Any) -> set[str]:
     return {name for name, row in accounts.items() if row.version > ledger.accounts[name].version}
 
 
+@pytest.mark.timeout(180 * TIMES_AS_MANY)
 async def test_what_is_stored_is_what_memory_knows(
     owner: asyncpg.Connection, database_url: str
 ) -> None:
@@ -319,7 +321,7 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
     generations = [f"g{number}" for number in numbers]
     keys = [f"p{number}" for number in numbers]
     subscriptions = [f"sub_{number}" for number in numbers]
-    elsewhere = [f"user:heir{number}" for number in numbers]
+    elsewhere = [f"user:u{number - 1}" for number in numbers]
     now = datetime.now(UTC)
     return {
         "find_money": (payments, subscriptions),

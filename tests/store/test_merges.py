@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from itertools import pairwise
 
 import asyncpg
 import pytest
@@ -19,6 +20,7 @@ from .commands_kit import (
     problems,
     told,
 )
+from .conftest import superuser
 from .kit import SOMEBODY_WAITS, adjust, book, grant, link, money, outcomes, request, until
 
 merge = memory.merge
@@ -93,7 +95,7 @@ async def test_a_chain_that_is_merged_at_once_ends_in_one_account(
     for round_ in range(8):
         names = [f"user:{round_}-{number}" for number in range(10)]
         await books.do(*(memory.grant(1, to=name) for name in names))
-        links = [[command(merge(*pair))] for pair in zip(names, names[1:], strict=False)]
+        links = [[command(merge(*pair))] for pair in pairwise(names)]
         dice.shuffle(links)
 
         await at_once(books, links)
@@ -144,7 +146,6 @@ async def test_merges_among_everything_else_lose_and_make_nothing(
                   sum(balance_before - balance_after) FILTER (WHERE kind IN ('generation_capture', 'generation_debit'))
            FROM entries"""
     )
-    assert given > 200 * len(names)
     assert await owner.fetchval(TOTAL) == given - spent
     assert await left(owner) == []
     assert await problems(owner) == []
@@ -215,6 +216,40 @@ async def test_links_at_once_with_the_merge_of_their_owner_are_the_heirs(
     assert await left(owner) == []
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="batch.py: a record that lost six races is given up as a dead letter, though the fault is never its own",
+)
+async def test_a_record_is_not_given_up_for_the_merges_of_others(
+    books: Books, owner: asyncpg.Connection, database_url: str
+) -> None:
+    """Each time that a grant waits for its account, the account merges into the next: the last one gets it."""
+    names = [f"user:u{number}" for number in range(9)]
+    await books.do(*(memory.grant(1, to=name) for name in names))
+    lock = "SELECT FROM accounts WHERE account_id = $1 FOR UPDATE"
+    merged = "UPDATE accounts SET state = 'merged', merged_into = $2 WHERE account_id = $1"
+    mine, its = owner, await superuser(database_url)
+    holding = mine.transaction()
+    await holding.start()
+    await mine.execute(lock, names[0])
+    granting = asyncio.create_task(books.apply([grant("u0", 5)]))
+    for source, heir in pairwise(names):
+        while not granting.done() and not await its.fetchval(SOMEBODY_WAITS):
+            await its.execute("SELECT pg_stat_clear_snapshot()")
+        # The heir is locked before the merge is seen: whoever follows it waits again.
+        following = its.transaction()
+        await following.start()
+        await its.execute(lock, heir)
+        await mine.execute(merged, source, heir)
+        await holding.commit()
+        mine, its, holding = its, mine, following
+    await holding.commit()
+    await (its if mine is owner else mine).close()
+
+    assert outcomes(await granting) == {"applied": 1}
+    assert await money(owner, "u8") == (0, 6, 0, 0)
+
+
 # -- afterwards -------------------------------------------------------------------------------------------------
 
 
@@ -258,9 +293,9 @@ async def test_events_that_name_the_source_are_applied_to_the_heir(
     assert outcomes(report) == {"applied": 7}
     assert await money(owner, "dan") == (0, 29, 12, 0)
     assert await resolve_owner(owner, "y-ann") == "user:dan"
-    assert await heirs(owner) == {
-        "user:ann": "user:bob", "user:bob": "user:dan", "user:cat": None, "user:dan": None
-    }  # fmt: skip
+    # Nobody was made anew by an old id.
+    opened = await owner.fetch("SELECT account_id FROM accounts WHERE state = 'open' ORDER BY 1")
+    assert [row[0] for row in opened] == ["user:cat", "user:dan"]
     assert await left(owner) == []
     assert await problems(owner) == []
 
@@ -332,7 +367,7 @@ async def test_a_long_chain_of_merges_still_leads_to_its_end(
     """R13: chains resolve, however long; a bare id and an owner mean the same."""
     names = [f"user:u{number}" for number in range(41)]
     await books.do(memory.grant(1, to=names[0]))
-    await books.given(*(merge(*pair) for pair in zip(names, names[1:], strict=False)))
+    await books.given(*(merge(*pair) for pair in pairwise(names)))
 
     assert await resolve_owner(owner, "u0") == names[-1]
     assert await resolve_owner(owner, names[0]) == names[-1]
