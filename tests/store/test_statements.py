@@ -4,15 +4,19 @@ Counted on the wire, by a proxy that reads what the worker sends: every Parse, E
 text. The first batches of a connection also prepare their statements; they are let pass before counting.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import asyncpg
 import pytest
 
 from workers.batch import Ledger
+from workers.ledger.commands import Action, AsOf, RecordSubscription
+from workers.ledger.model import add_months
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 
+from .commands_kit import START, Books, InMemory, give_back, memory, pay
 from .kit import (
     adjust,
     book,
@@ -155,6 +159,143 @@ async def test_settling_a_hundred_accounts_costs_as_much_as_settling_one(
         assert report.entries == units
 
     assert costs[1] == costs[2]
+
+
+# -- commands that no record makes one by one: money that goes back, merges, old books ------------------------------
+
+
+def sales(units: int, name: str) -> list[Action]:
+    """Packs of so many people, each with some credits more to take from."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            memory.grant(5, to=f"user:{name}{number}"),
+            memory.buy(
+                100,
+                key=f"checkout:{name}{number}",
+                to=f"user:{name}{number}",
+                payment=f"pi_{name}{number}",
+                paid=1000,
+            ),
+            memory.request(4, id=f"g-{name}{number}", by=f"user:{name}{number}"),
+        )
+    ]
+
+
+def refunds(units: int, name: str) -> list[Action]:
+    """Of each pack a refund, a dispute, and news of its charge and invoice."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            give_back(300, of=f"pi_{name}{number}", charge=f"ch_{name}{number}"),
+            memory.dispute(200, of=f"pi_{name}{number}"),
+            pay(f"pi_{name}{number}", f"in_{name}{number}"),
+        )
+    ]
+
+
+def merges(units: int, name: str) -> list[Action]:
+    """Each of them turns out to be somebody else."""
+    return [memory.merge(f"user:{name}{number}", f"user:heir-{name}{number}") for number in range(units)]
+
+
+def imports(units: int, name: str) -> list[Action]:
+    """Old books of each of them, with a sale that is known already and one that is not."""
+    return [
+        memory.import_books(
+            memory.imported(15),
+            memory.imported(-200),
+            memory.imported(9, key=f"checkout:{name}{number}", payment=f"pi_{name}{number}"),
+            memory.imported(7, key=f"old:{name}{number}", payment=f"pi_old{name}{number}", paid=70),
+            key=f"profiles:{name}{number}",
+            to=f"user:{name}{number}",
+        )
+        for number in range(units)
+    ]
+
+
+def renewals(units: int, name: str) -> list[Action]:
+    """Invoices of a monthly and of a yearly plan, and Stripe's word on the subscription."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            memory.invoice(
+                memory.line("pro_monthly", START, add_months(START, 1)),
+                to=f"user:{name}{number}",
+                subscription=f"sub_m{name}{number}",
+                id=f"in_m{name}{number}",
+                payment=f"pi_m{name}{number}",
+            ),
+            memory.invoice(
+                memory.line("pro_yearly", START, add_months(START, 12)),
+                to=f"user:{name}{number}",
+                subscription=f"sub_y{name}{number}",
+                id=f"in_y{name}{number}",
+                payment=f"pi_y{name}{number}",
+            ),
+            RecordSubscription(
+                f"user:{name}{number}",
+                f"sub_m{name}{number}",
+                AsOf(START, 0, "evt_1"),
+                "active",
+                "pro_monthly",
+            ),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "few"), [(refunds, 1), (merges, 3), (imports, 3), (renewals, 1)]
+)
+async def test_three_hundred_of_these_cost_as_much_as_three(
+    database_url: str, batch: Callable[[int, str], list[Action]], few: int
+) -> None:
+    """A hundred times as many refunds, merges, imports or renewals: the same statements, and as many round trips."""
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(database_url, size_max=1, name="tests") as straight,
+        await open_pool(proxy.url, size_max=1, name="tests") as counted_pool,
+    ):
+        costs = []
+        for units, name in ((few, "a"), (few, "b"), (100 * few, "c")):
+            await Books(straight).do(*sales(units, name))
+            proxy.forget()
+            said = await Books(counted_pool).do(*batch(units, name))
+            costs.append((list(proxy.statements), proxy.round_trips))
+
+            assert set(said) == {"applied"}
+
+    first, small, large = costs
+    assert small == large
+    assert len(first[0]) > len(small[0])  # it prepared what the others only used
+    assert 10 < len(small[0]) <= STATEMENTS_MAX
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="ledger/payments.py: _pays looks at every payment of the batch, for every purchase, for every command",
+)
+@pytest.mark.parametrize("batch", [refunds, renewals])
+def test_four_times_as_many_are_decided_in_some_four_times_the_time(
+    batch: Callable[[int, str], list[Action]],
+) -> None:
+    """While a batch is decided its transaction is idle, and the server ends one that is idle for long."""
+
+    def seconds(units: int) -> float:
+        ledger = InMemory(now=START)
+        ledger.run(*(ledger.command(action) for action in sales(units, "u")))
+        commands = tuple(ledger.command(action) for action in batch(units, "u"))
+        state = ledger.load(commands)
+        started = time.process_time()
+        ledger.execute(state, commands)
+        return time.process_time() - started
+
+    few = max(min(seconds(25) for _ in range(3)), 0.005)
+
+    assert seconds(100) < 12 * few
 
 
 async def test_records_of_no_command_lock_nothing(counted: tuple[Proxy, Ledger]) -> None:
