@@ -367,7 +367,7 @@ class Ledger:
                         state.allocations[key]
                     )
         for key, row in self.subscriptions.items():
-            if reach.subscription_ids and (
+            if (reach.subscription_ids or reach.merging) and (
                 key in reach.subscription_ids or row.account_id in names
             ):
                 state.subscriptions[key] = _copy(row)

@@ -36,8 +36,8 @@ from .commands_kit import (
     rows_read,
     set_clock,
 )
-from .conftest import EMPTY
 from .commands_kit import problems as problems_after_merges
+from .conftest import EMPTY
 from .journal import problems
 from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, request
 
@@ -266,7 +266,6 @@ async def test_what_is_stored_is_what_memory_knows(
     Both ledgers share time and ids, so that even the hashes of the entries must agree.
     """
     for seed in SEEDS:
-        print(f"seed {seed}")
         await tell(seed, owner, database_url, batches=60)
         await owner.execute(EMPTY)
 
@@ -298,7 +297,9 @@ async def test_the_stories_have_rows_of_every_kind() -> None:
                 lot is not None and lot.account_id != row.account_id
             )
             seen["changes of plan"] += row.worth is not None
-            seen["changes before their period"] += row.worth is not None and "+" in row.purchase_key[-4:]
+            seen["changes before their period"] += (
+                row.worth is not None and "+" in row.purchase_key[-4:]
+            )
         seen["subscriptions"] += len(ledger.subscriptions)
         seen["several lots of a merge"] += sum(row.position > 0 for row in lots.values())
 
@@ -343,12 +344,6 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
     }
 
 
-SCANNING = {
-    "load_generations": "its third part reads every open hold of everybody, for every batch",
-    "find_parties": "from some dozens of parties on, plans read every account to find merged ones",
-}
-
-
 async def looked_at_too_much(pool: asyncpg.Pool, name: str) -> list[str]:
     """Where a statement reads more rows than its batch can have; a row may be looked at for each id that leads to it."""
     found = []
@@ -371,19 +366,6 @@ async def test_a_batch_looks_only_at_what_it_touches(
 ) -> None:
     """Among thousands of accounts, holds, payments and months each statement reads the rows of its own batch, and few more."""
     async with crowd(owner, CROWD):
-        found = [await looked_at_too_much(pool, name) for name in named(1) if name not in SCANNING]
+        found = [await looked_at_too_much(pool, name) for name in named(1)]
 
     assert [one for several in found for one in several] == []
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=f"store/queries.sql: {why}"))
-        for name, why in SCANNING.items()
-    ],
-)
-async def test_nor_do_these(pool: asyncpg.Pool, owner: asyncpg.Connection, name: str) -> None:
-    """The same of statements that look at every hold, or every account, today."""
-    async with crowd(owner, CROWD):
-        assert await looked_at_too_much(pool, name) == []

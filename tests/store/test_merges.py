@@ -102,7 +102,9 @@ async def test_a_chain_that_is_merged_at_once_ends_in_one_account(
 
         last = names[-1]
         assert {await end_of(owner, name) for name in names} == {last}
-        assert await owner.fetchval("SELECT purchased FROM accounts WHERE account_id = $1", last) == 10
+        assert (
+            await owner.fetchval("SELECT purchased FROM accounts WHERE account_id = $1", last) == 10
+        )
     assert await left(owner) == []
     assert await problems(owner) == []
     assert await deadlocks(owner, pool) == 0
@@ -216,10 +218,6 @@ async def test_links_at_once_with_the_merge_of_their_owner_are_the_heirs(
     assert await left(owner) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="batch.py: a record that lost six races is given up as a dead letter, though the fault is never its own",
-)
 async def test_a_record_is_not_given_up_for_the_merges_of_others(
     books: Books, owner: asyncpg.Connection, database_url: str
 ) -> None:
@@ -358,9 +356,6 @@ async def test_the_order_of_lots_that_are_made_and_merged_in_one_batch_is_stored
     assert [tuple(row) for row in rows] == [(1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 3)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="store/reads.py: a path that names an owner follows 32 merges and no more"
-)
 async def test_a_long_chain_of_merges_still_leads_to_its_end(
     books: Books, owner: asyncpg.Connection
 ) -> None:

@@ -134,9 +134,13 @@ async def test_a_refund_told_again_in_an_earlier_state_changes_nothing(
 ) -> None:
     """Rows of refunds and disputes only ever add up, across transactions as within one."""
     await books.given(
-        give_back(400, status="succeeded"), give_back(400, status="pending"), memory.dispute(100, "lost")
+        give_back(400, status="succeeded"),
+        give_back(400, status="pending"),
+        memory.dispute(100, "lost"),
     )
-    await books.given(memory.dispute(100, "won"), memory.dispute(100, "inquiry"), memory.charge_refunded(900))
+    await books.given(
+        memory.dispute(100, "won"), memory.dispute(100, "inquiry"), memory.charge_refunded(900)
+    )
     await books.given(memory.charge_refunded(300))
 
     stored = (await rows(owner))["payments"]["pi_1"]
@@ -180,7 +184,10 @@ async def test_a_refund_waits_for_the_purchase_that_holds_its_payment(
     async with owner.transaction():
         await owner.execute(LOCK_ANN)
         tasks = await waiting(
-            owner, books.do(buy(100, paid=1000)), books.do(give_back(250)), books.do(memory.grant(1))
+            owner,
+            books.do(buy(100, paid=1000)),
+            books.do(give_back(250)),
+            books.do(memory.grant(1)),
         )
 
     assert [await task for task in tasks] == [["applied"]] * 3
@@ -259,7 +266,6 @@ async def test_a_storm_of_everything_stays_exact(
     pool: asyncpg.Pool, owner: asyncpg.Connection, seed: int
 ) -> None:
     """Deals, refunds, merges, imports, generations and bookings of seven people, in batches on eight connections."""
-    print(f"seed {seed}")
     books, story = Books(pool, SMALL), Story(seed, datetime.now(UTC))
     batches = [story.batch() for _ in range(400)]
 
@@ -325,13 +331,7 @@ async def test_a_refund_by_the_charge_of_another_payment_counts(
     "at_once",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="store/load.py: nobody looks for the money of changes again after the accounts are locked",
-            ),
-        ),
+        True,
     ],
 )
 async def test_a_refund_of_a_change_of_plan_that_waited_for_its_period_is_netted(
