@@ -309,11 +309,20 @@ class Scene:
         self._available: Mapping[str, int] = {}
         self._holds = self._invoices = 0
         self._before: Deed | None = None
+        self._regretted: str | None = None
 
     def records(self, deeds: Iterable[Deed], available: Mapping[str, int]) -> list[Work]:
         """What is sent, when the accounts have so many credits available."""
         self._available = available
-        return [self._next(deed) for deed in deeds]
+        works = []
+        for deed in deeds:
+            works.append(self._next(deed))
+            if self._regretted is not None:
+                about = {"payment_intent": self._regretted, "amount": 2, "status": "succeeded"}
+                for id_ in ("re_1", "re_2"):
+                    works.append(kit.stripe("refund.created", {"id": id_, **about}))
+                self._regretted = None
+        return works
 
     def _next(self, deed: Deed) -> Work:
         if deed.way == "claimed" and self._before is not None:
@@ -441,6 +450,12 @@ class Scene:
         )
         number = chance % PACKS
         session = self._id(f"cs_{number}")
+        # What one payment paid for in one batch was bought at one moment: in two batches one was first.
+        payment = self._id(f"pi_{number if self.orderly else chance % 3}")
+        if not self.orderly and chance % 4 == 0:
+            # Nothing but two refunds is ever told of this payment: whoever misses one misses it for good.
+            session, payment = f"{session}-{len(self._sent)}", f"{payment}-{len(self._sent)}"
+            self._regretted = payment
         session_object = {
             "id": session,
             "object": "checkout.session",
@@ -449,8 +464,7 @@ class Scene:
             "customer": customer,
             "client_reference_id": user,
             "amount_total": PAID[chance % len(PAID)],
-            # What one payment paid for in one batch was bought at one moment: in two batches one was first.
-            "payment_intent": self._id(f"pi_{number if self.orderly else chance % 3}"),
+            "payment_intent": payment,
             "metadata": metadata,
         }
         return kit.stripe("checkout.session.completed", session_object)
