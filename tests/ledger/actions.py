@@ -9,7 +9,8 @@ The ordinary suite draws few examples; CREDITS_TEST_EXAMPLES=100 draws a hundred
 import os
 from collections.abc import Collection
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from itertools import permutations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from workers.ledger.commands import (
     CancelBooking,
     CompleteGeneration,
     EndGeneration,
+    PeriodLine,
     RefundGeneration,
     RequestBooking,
     RequestGeneration,
@@ -35,12 +37,19 @@ from .kit import (
     buy,
     cancel,
     cancel_generation,
+    charge_refunded,
     complete,
+    dispute,
     fail,
+    give_money_back,
     grant,
+    import_books,
+    imported,
     invoice,
     line,
     link,
+    merge,
+    pay,
     refund,
     register,
     request,
@@ -76,6 +85,12 @@ tier = "pro"
 stripe_prices = []
 credits = 10
 allocation = "monthly"
+[plans.yearly_more]
+tier = "pro"
+stripe_prices = []
+credits = 20
+trial_credits = 4
+allocation = "monthly"
 [generations.image]
 credits = 4
 models = { "flux-pro" = 6 }
@@ -97,10 +112,16 @@ def examples(ordinary: int, **more: object) -> settings:
     )
 
 
-people = st.sampled_from([ANN, BOB, CAT])
-pairs = st.sampled_from(
-    [(ANN, BOB), (BOB, ANN), (ANN, CAT), (CAT, ANN), (BOB, CAT), (CAT, BOB), (ANN, ANN)]
-)
+def mixed(parts: dict[st.SearchStrategy[Action], int]) -> st.SearchStrategy[Action]:
+    """One of several, each as often as its number says: `one_of` forgets what it is given twice."""
+    each = [part for part, times in parts.items() for _ in range(times)]
+    return st.integers(0, len(each) - 1).flatmap(each.__getitem__)
+
+
+DAN = "user:dan"
+PEOPLE = [ANN, BOB, CAT, DAN]
+people = st.sampled_from(PEOPLE)
+pairs = st.sampled_from([*permutations(PEOPLE, 2), (ANN, ANN)])
 pools = st.sampled_from(["subscription", "purchased"])
 amounts = st.integers(1, 9)
 claims = st.sampled_from([None, 1, 1, 2, 3, 5, 7, 12])
@@ -108,18 +129,19 @@ generation_ids = st.sampled_from(["g1", "g2"])
 booking_ids = st.sampled_from(["b1", "b2"])
 
 MINUTE, HOUR, DAY = 60, 3600, 86_400
-waits = st.sampled_from(
-    [0, 1, MINUTE, MINUTE, 10 * MINUTE, HOUR, HOUR, 9 * HOUR, DAY, 29 * DAY, 30 * DAY]
-)
+SHORT = [0, 1, MINUTE, MINUTE, 10 * MINUTE, HOUR, HOUR, 9 * HOUR]
+LONG = [DAY, 29 * DAY, 30 * DAY, 31 * DAY, 100 * DAY]
+waits = st.sampled_from(SHORT) | st.sampled_from(LONG)
 moments = st.sampled_from(
     [None, None, None]
     + [
         START + timedelta(seconds=seconds)
-        for seconds in (-DAY, 0, MINUTE, 12 * MINUTE, HOUR, DAY, 3 * DAY, 31 * DAY, 70 * DAY)
+        for seconds in (-DAY, 0, MINUTE, 12 * MINUTE, HOUR, DAY, 3 * DAY, 31 * DAY, 61 * DAY)
     ]
 )
-# Month by month, from one that is over before anything happens.
-STARTS = [START + timedelta(days=30 * month) for month in (-2, -1, 0, 0, 1, 1, 2)]
+# Month by month, from one that is over before anything happens; one is the last day of a long month.
+CLAMPED = START - timedelta(days=21)
+STARTS = [START + timedelta(days=30 * month) for month in (-2, -1, 0, 0, 0, 1, 1, 2)] + [CLAMPED]
 
 grants = st.builds(grant, amounts, to=people, pool=pools, expires_at=moments)
 adjustments = st.builds(adjust, st.sampled_from([-9, -5, -3, -2, -1, 1, 4, 10**12 + 1]), of=people)
@@ -135,33 +157,95 @@ registrations = st.builds(
     time_zone=st.sampled_from([None, None, "Asia/Tokyo", "America/New_York"]),
 )
 links = st.builds(link, people)
+payments = st.sampled_from(["pi_1", "pi_2", "pi_3"])
+bought_with = st.sampled_from([None, "pi_1", "pi_2", "pi_3"])
+invoice_ids = st.sampled_from(["in_1", "in_2", "in_3"])
+paid = st.sampled_from([None, 0, 7, 10, 10, 12, 12])
+checkouts = st.sampled_from([f"checkout:cs_{number}" for number in range(5)])
 packs = st.builds(
     buy,
     amounts,
-    key=st.sampled_from([f"checkout:cs_{number}" for number in range(5)]),
+    key=checkouts,
     to=people,
     days=st.sampled_from([None, 1, 31]),
+    payment=bought_with,
+    paid=paid,
 )
 
 
-def _line(plan: str, start: object, how: tuple[bool, int]) -> object:
-    days = 365 if plan == "yearly" else 30
+def _line(plan: str, start: datetime, how: tuple[bool, int]) -> PeriodLine:
+    days = 30
+    if plan.startswith("yearly"):
+        days = 80 if start == CLAMPED else 365
     trial, quantity = how
     return line(plan, start, start + timedelta(days), quantity=quantity, trial=trial)
 
 
 lines = st.builds(
     _line,
-    st.sampled_from(["all_rolls", "some_rolls", "plain", "yearly"]),
+    st.sampled_from(["all_rolls", "some_rolls", "plain", "yearly", "yearly", "yearly_more"]),
     st.sampled_from(STARTS),
     st.sampled_from([(False, 1), (False, 1), (False, 2), (True, 1)]),
 )
 invoices = st.builds(
-    lambda bought, to, subscription: invoice(*bought, to=to, subscription=subscription),
-    st.lists(lines, min_size=1, max_size=2),
-    people,
-    st.sampled_from(["sub_1", "sub_2"]),
+    lambda bought, **more: invoice(*bought, **more),
+    st.lists(lines, min_size=1, max_size=3),
+    to=people,
+    subscription=st.sampled_from(["sub_1", "sub_1", "sub_2"]),
+    id=invoice_ids,
+    payment=bought_with,
+    paid=paid,
 )
+
+# Money: what is told of it comes in any order. No two payments share a refund's or a dispute's id.
+returned = st.sampled_from([1, 3, 5, 6, 7, 7, 10, 10, 12, 12, 20])
+invoice_payments = st.builds(pay, invoice=invoice_ids, payment=payments)
+money_refunds = st.builds(
+    lambda amount, number, of, status: give_money_back(
+        amount, id=f"re_{number}_of_{of}", of=of, status=status
+    ),
+    returned,
+    st.sampled_from([1, 1, 2, 3]),
+    payments,
+    st.sampled_from(["pending", "succeeded", "succeeded", "failed"]),
+)
+charge_refunds = st.builds(charge_refunded, returned, of=payments)
+disputes = st.builds(
+    lambda amount, step, number, of: dispute(amount, step, id=f"dp_{number}_of_{of}", of=of),
+    returned,
+    st.sampled_from(["inquiry", "opened", "withdrawn", "withdrawn", "reinstated", "won", "lost"]),
+    st.sampled_from([1, 1, 2]),
+    payments,
+)
+money_back = mixed({money_refunds: 3, charge_refunds: 1, disputes: 3})
+
+# An old system may have sold what Stripe tells of too: a checkout, a period, a year's first month.
+sales = st.sampled_from(["sale:1", "sale:2"]) | checkouts
+sales |= st.sampled_from(
+    [
+        f"period:sub_1:plain:{START.isoformat()}",
+        f"period:sub_1:all_rolls:{START.isoformat()}",
+        f"allocation:sub_1:{START.isoformat()}:0",
+    ]
+)
+imported_kinds = st.sampled_from(["import", "import", "purchase", "signup_grant", "expiry"])
+imported_entries = st.builds(
+    lambda signed, kind, **more: replace(imported(signed, **more), kind=kind),
+    st.sampled_from([-9, -4, -1, 2, 5, 8, 12]),
+    imported_kinds,
+    pool=pools,
+    expires_at=moments,
+) | st.builds(
+    imported, amounts, pool=pools, expires_at=moments, key=sales, payment=bought_with, paid=paid
+)
+imports = st.builds(
+    lambda entries, **more: import_books(*entries, **more),
+    st.lists(imported_entries, min_size=1, max_size=4),
+    key=st.sampled_from(["profiles:1", "profiles:2", "profiles:3"]),
+    to=people,
+)
+# Ann stays herself, so that there are always two who can give each other credits.
+merges = st.builds(lambda pair: merge(*pair), st.sampled_from([*permutations(PEOPLE[1:], 2)]))
 kinds = st.sampled_from(["song", "song", "image"])
 models = st.sampled_from([None, None, "flux-pro"])
 requests = st.builds(
@@ -196,28 +280,26 @@ bookings = st.builds(
 cancellations = st.builds(cancel, claims, id=booking_ids, client=st.none() | people)
 
 # Credits come first, or all the rest would only ever be refused.
-actions = st.one_of(
-    grants,
-    grants,
-    grants,
-    requests,
-    requests,
-    requests,
-    completions,
-    completions,
-    ends,
-    bookings,
-    bookings,
-    cancellations,
-    cancellations,
-    invoices,
-    invoices,
-    transfers,
-    adjustments,
-    packs,
-    refunds,
-    registrations,
-    links,
+actions = mixed(
+    {
+        grants: 4,
+        requests: 3,
+        completions: 2,
+        ends: 1,
+        bookings: 2,
+        cancellations: 2,
+        invoices: 4,
+        transfers: 1,
+        adjustments: 1,
+        packs: 3,
+        refunds: 1,
+        registrations: 1,
+        links: 1,
+        money_back: 4,
+        invoice_payments: 1,
+        imports: 1,
+        merges: 1,
+    }
 )
 aims = st.integers(0, 99)
 

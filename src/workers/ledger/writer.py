@@ -13,6 +13,7 @@ from uuid import UUID
 
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Pool
+from workers.ledger.linked import Linked
 from workers.ledger.model import (
     Account,
     Alert,
@@ -98,6 +99,11 @@ class Writer:
     entries: list[Entry] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
     merged: dict[str, str] = field(default_factory=dict)
+    linked: Linked = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Link payments to what they bought, once for the batch."""
+        self.linked = Linked.of(self.state)
 
     def account(self, account_id: str) -> Account:
         """The account, settled; its heir if it was merged (R13). Raises InvariantViolated when it was not loaded."""
@@ -412,6 +418,7 @@ class Writer:
             fresh=True,
         )
         self.state.purchases[key] = purchase
+        self.linked.add_purchase(purchase)
         return purchase
 
     # -- bookkeeping of generations, shared by their decisions and by time -------------------------------------

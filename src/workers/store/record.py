@@ -375,6 +375,7 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
             allocation.allocation_key,
             allocation.account_id,
             allocation.period_end,
+            allocation.credits,
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
