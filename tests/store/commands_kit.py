@@ -52,7 +52,6 @@ from workers.ledger.commands import (
     RefundGeneration,
     RefundPayment,
     RefundStatus,
-    RegisterUser,
     RequestBooking,
     RequestGeneration,
     Settle,
@@ -60,7 +59,16 @@ from workers.ledger.commands import (
     TransferCredits,
 )
 from workers.ledger.execute import Execution
-from workers.ledger.model import Account, Alert, ClawedPart, Decided, Entry, Pinned, Snapshot, add_months
+from workers.ledger.model import (
+    Account,
+    Alert,
+    ClawedPart,
+    Decided,
+    Entry,
+    Pinned,
+    Snapshot,
+    add_months,
+)
 from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
@@ -95,7 +103,6 @@ def _ledger_kit() -> ModuleType:
 
 memory = _ledger_kit()
 told = memory.told
-
 
 
 class InMemory(memory.Ledger):  # type: ignore[misc, name-defined]
@@ -377,9 +384,7 @@ async def rows(owner: asyncpg.Connection) -> dict[str, dict[Any, Any]]:
 
     async def table(name: str, *without: str) -> list[dict[str, Any]]:
         found = await owner.fetch(f"SELECT * FROM {name}")
-        return [
-            {key: value for key, value in row.items() if key not in without} for row in found
-        ]
+        return [{key: value for key, value in row.items() if key not in without} for row in found]
 
     accounts = {row["account_id"]: row for row in await table("accounts", "created_at")}
     for row in accounts.values():
@@ -481,7 +486,9 @@ def not_on_target(stored: dict[str, dict[Any, Any]]) -> list[str]:
     for key, bought in stored["purchases"].items():
         if bought["lot_id"] is None or not bought["paid"]:
             continue
-        target = bought["credits"] * min(_returned(stored, bought), bought["paid"]) // bought["paid"]
+        target = (
+            bought["credits"] * min(_returned(stored, bought), bought["paid"]) // bought["paid"]
+        )
         if bought["clawed"] != target:
             found.append(f"{key}: {bought['clawed']} clawed of {bought['credits']}, not {target}")
     return found
@@ -794,7 +801,9 @@ class Story:
             if plan == "yearly":
                 start = add_months(self.start, dice.choice([0, months]))
             end = add_months(start, 12 if plan == "yearly" else 1)
-            if dice.random() < 0.3:  # a change of plan in the midst of the period, each at a time of its own
+            if (
+                dice.random() < 0.3
+            ):  # a change of plan in the midst of the period, each at a time of its own
                 start = min(max(start, self.now), end - DAY) + len(self._deals) * SECOND
                 changed = PeriodLine(plan, start, end, 2, trial=False, prorated=True)
                 lines.append(changed)

@@ -156,7 +156,9 @@ async def test_months_of_a_merged_account_are_the_heirs(
     await settled(books)
 
     assert await money(owner, "eve") == (800, 2, 0, 0)
-    assert await owner.fetchval("SELECT count(*) FROM allocations WHERE account_id = 'user:eve'") == 1
+    assert (
+        await owner.fetchval("SELECT count(*) FROM allocations WHERE account_id = 'user:eve'") == 1
+    )
     assert await problems(owner) == []
 
 
@@ -166,7 +168,9 @@ async def test_a_merge_at_once_with_the_clock_grants_a_month_once(
     """Due months of an account that merges meanwhile: to one of the two, once, and the credits end on the heir."""
     pairs = [(f"user:a{number}", f"user:b{number}") for number in range(20)]
     for number, (source, target) in enumerate(pairs):
-        year = yearly(START, to=source, subscription=f"sub_{number}", id=f"in_{number}", payment=None)
+        year = yearly(
+            START, to=source, subscription=f"sub_{number}", id=f"in_{number}", payment=None
+        )
         await books.given(year, memory.grant(1, to=target))
     await set_clock(owner, month(1))
 
@@ -175,7 +179,9 @@ async def test_a_merge_at_once_with_the_clock_grants_a_month_once(
 
     assert await books.settle(20) is None
     assert await granted(owner) == {target: [1] for _, target in pairs}
-    rest = await owner.fetch("SELECT DISTINCT subscription, purchased FROM accounts WHERE state = 'open'")
+    rest = await owner.fetch(
+        "SELECT DISTINCT subscription, purchased FROM accounts WHERE state = 'open'"
+    )
     assert [tuple(row) for row in rest] == [(800, 1)]
     assert await problems(owner) == []
 
@@ -331,9 +337,7 @@ async def test_the_clock_finds_few_due_accounts_among_many(
             found = await connection.fetch(SQL["find_due_accounts"], 500, [])
             plan = "\n".join(
                 row[0]
-                for row in await connection.fetch(
-                    f"EXPLAIN {SQL['find_due_accounts']}", 500, []
-                )
+                for row in await connection.fetch(f"EXPLAIN {SQL['find_due_accounts']}", 500, [])
             )
 
     assert len(found) == 7

@@ -102,7 +102,9 @@ async def test_a_chain_that_is_merged_at_once_ends_in_one_account(
 
         last = names[-1]
         assert {await end_of(owner, name) for name in names} == {last}
-        assert await owner.fetchval("SELECT purchased FROM accounts WHERE account_id = $1", last) == 10
+        assert (
+            await owner.fetchval("SELECT purchased FROM accounts WHERE account_id = $1", last) == 10
+        )
     assert await left(owner) == []
     assert await problems(owner) == []
     assert await deadlocks(owner, pool) == 0
@@ -267,6 +269,10 @@ async def test_every_id_of_the_source_means_the_heir(
     await books.given(merge(CAT, "user:dan"), merge(BOB, CAT))
     everybody = [*ids, "cat", "user:cat", "dan"]
     assert {await resolve_owner(owner, id_) for id_ in everybody} == {"user:dan"}
+    own = await owner.fetch(
+        "SELECT external_id FROM identities WHERE provider = 'user' AND owner = 'user:dan'"
+    )
+    assert {"ann", "bob", "cat"} <= {row[0] for row in own}
     assert await left(owner) == []
 
 
@@ -358,9 +364,6 @@ async def test_the_order_of_lots_that_are_made_and_merged_in_one_batch_is_stored
     assert [tuple(row) for row in rows] == [(1, 1, 0), (2, 1, 1), (3, 1, 2), (4, 1, 3)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="store/reads.py: a path that names an owner follows 32 merges and no more"
-)
 async def test_a_long_chain_of_merges_still_leads_to_its_end(
     books: Books, owner: asyncpg.Connection
 ) -> None:

@@ -198,7 +198,9 @@ def refunds(units: int, name: str) -> list[Action]:
 
 def merges(units: int, name: str) -> list[Action]:
     """Each of them turns out to be somebody else."""
-    return [memory.merge(f"user:{name}{number}", f"user:heir-{name}{number}") for number in range(units)]
+    return [
+        memory.merge(f"user:{name}{number}", f"user:heir-{name}{number}") for number in range(units)
+    ]
 
 
 def imports(units: int, name: str) -> list[Action]:
@@ -247,9 +249,7 @@ def renewals(units: int, name: str) -> list[Action]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("batch", "few"), [(refunds, 1), (merges, 3), (imports, 3), (renewals, 1)]
-)
+@pytest.mark.parametrize(("batch", "few"), [(refunds, 1), (merges, 3), (imports, 3), (renewals, 1)])
 async def test_three_hundred_of_these_cost_as_much_as_three(
     database_url: str, batch: Callable[[int, str], list[Action]], few: int
 ) -> None:
@@ -274,10 +274,6 @@ async def test_three_hundred_of_these_cost_as_much_as_three(
     assert 10 < len(small[0]) <= STATEMENTS_MAX
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="ledger/payments.py: _pays looks at every payment of the batch, for every purchase, for every command",
-)
 @pytest.mark.parametrize("batch", [refunds, renewals])
 def test_four_times_as_many_are_decided_in_some_four_times_the_time(
     batch: Callable[[int, str], list[Action]],
