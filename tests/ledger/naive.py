@@ -27,6 +27,7 @@ class Granted:
     period: datetime | None = None
     granted_at: datetime | None = None
     arrived: int = 0
+    has_arrived: bool = True
 
 
 @dataclass(eq=False)
@@ -89,6 +90,7 @@ class Sale:
     key: str
     about: str
     who: str
+    at: datetime
     credits: int
     grant: Granted | None
     payment: str | None
@@ -100,17 +102,18 @@ class Sale:
 
 @dataclass(eq=False)
 class Yearly:
-    """A period that was paid at once and is granted month by month. `given` is the last month that was."""
+    """Months of a period that are paid at once and granted one by one. `given` is the last month that was."""
 
+    key: str
     who: str
     subscription: str
     start: datetime
     end: datetime
     credits: int
+    given: int
     payment: str | None
     invoice: str
     paid: int | None
-    given: int = 0
 
 
 @dataclass
@@ -205,10 +208,11 @@ class Naive:
         source, target = self.home(source), self.home(target)
         if source == target:
             return "same_account"
-        own = [grant for grant in self.granted if grant.who == source]
-        for grant in [*self.lots(source), *(grant for grant in own if not self.left(grant))]:
-            self.arrivals += 1
-            grant.arrived = self.arrivals
+        for grant in self.granted:
+            if grant.who == source:
+                grant.has_arrived = False
+        for grant in self.lots(source):
+            self.arrive(grant)
         for thing in [
             *self.granted,
             *self.reserved.values(),
@@ -255,7 +259,6 @@ class Naive:
     def lots(self, who: str) -> list[Granted]:
         """What somebody has, in the order in which it is used up."""
         own = [grant for grant in self.granted if grant.who == who and self.left(grant) > 0]
-        # Python's sort keeps the order of what is equal: what was made first.
         return sorted(
             own,
             key=lambda grant: (
@@ -308,10 +311,14 @@ class Naive:
 
     def receive(self, grant: Granted) -> None:
         """Credits come in, after all that came in before."""
-        self.arrivals += 1
-        grant.arrived = self.arrivals
         grant.granted_at = grant.granted_at or self.now
         self.granted.append(grant)
+        self.arrive(grant)
+
+    def arrive(self, grant: Granted) -> None:
+        """Among its equals a grant stands where it came to its owner: a merge brings only what is left."""
+        self.arrivals += 1
+        grant.arrived, grant.has_arrived = self.arrivals, True
 
     def give(self, grant: Granted) -> None:
         """Credits come in; what is past its time goes at once, and a debt is paid from the rest."""
@@ -424,28 +431,35 @@ class Naive:
         self,
         who: str,
         key: str,
-        entries: list[tuple[str, int, datetime | None, str | None, str | None, int | None]],
+        entries: list[tuple[str, str, int, datetime | None, str | None, str | None, int | None]],
     ) -> str:
-        """An old system's books, by lines of pool, credits, end, sale, payment and what was paid."""
+        """An old system's books, by lines of kind, pool, credits, end, sale, payment and what was paid."""
         who = self.home(who)
         if key in self.imported:
             return "duplicate"
-        if self.too_much(who, sum(credits for _, credits, *_ in entries if credits > 0)):
+        news = [entry for entry in entries if not self.sold(entry[4])]
+        for kind, _, credits, *_ in news:
+            if kind in {"expiry", "clawback"} and credits > 0:
+                return "invalid_amount"
+        if self.too_much(who, sum(credits for _, _, credits, *_ in news if credits > 0)):
             return "invalid_amount"
         self.imported.add(key)
-        for pool, credits, expires_at, sale, payment, paid in entries:
-            if sale is not None and self.sold(sale):
+        for kind, pool, credits, expires_at, sale, payment, paid in news:
+            if self.sold(sale):
                 continue
             grant = None
+            if kind == "signup_grant" and credits > 0:
+                self.welcomed.add(who)
             if credits > 0:
                 grant = Granted(who, pool, credits, expires_at or NEVER)
                 self.give(grant)
             else:
-                taken = min(-credits, self.available(who))
-                self.spend(who, taken)
-                self.owed.append((who, -credits - taken))
+                taken = self.plan_to_take(who, min(-credits, self.available(who)))
+                self.spent += [Spent(*part, expired=kind == "expiry") for part in taken]
+                self.owed.append((who, -credits - sum(part for _, part in taken)))
             if sale is not None:
-                self.sell(Sale(sale, sale, who, max(0, credits), grant, payment, None, paid))
+                came = max(0, credits)
+                self.sell(Sale(sale, sale, who, self.now, came, grant, payment, None, paid))
         return "applied"
 
     def buy(
@@ -465,20 +479,17 @@ class Naive:
             return "invalid_amount"
         grant = Granted(who, "purchased", credits, self.now + lasts if lasts else NEVER)
         self.give(grant)
-        self.sell(Sale(key, key, who, credits, grant, payment, None, paid))
+        self.sell(Sale(key, key, who, self.now, credits, grant, payment, None, paid))
         return "applied"
 
-    def sold(self, about: str, invoice: str | None = None) -> bool:
-        """Whether a key was bought, by anybody or by one invoice."""
-        return any(
-            sale.about == about and (invoice is None or sale.invoice == invoice)
-            for sale in self.sales
-        )
+    def sold(self, about: str | None) -> bool:
+        """Whether a key was bought."""
+        return any(sale.about == about for sale in self.sales)
 
     def sell(self, sale: Sale) -> None:
         """Remember what was bought; what of its money is back already takes its part at once."""
         self.sales.append(sale)
-        self.settle_with_money(sale)
+        self.take_for_money(sale)
 
     # -- periods ------------------------------------------------------------------------------------------
 
@@ -494,13 +505,14 @@ class Naive:
         """An invoice, by lines of plan, start, end, quantity and whether it is a trial."""
         who = self.home(who)
         bought = self.put_together(subscription, lines)
-        starts = {line.start for line in bought}
-        before = {start: self.granted_for(subscription, start) for start in starts}
-        shares = self.share_out(bought, before, invoice)
+        # What an invoice has started before, it does not start again, whatever its lines say now.
+        bought = [line for line in bought if not self.started(subscription, line.start, invoice)]
+        before = {line.start: self.granted_for(subscription, line.start, bought) for line in bought}
+        shares = self.share_out(bought, before)
         news = [
             (line, share)
             for line, share in zip(bought, shares, strict=True)
-            if not self.sold(line.key, invoice) and (share > 0 or not self.sold(line.key))
+            if share > 0 or not self.sold(line.key)
         ]
         told_who_paid = payment is not None and payment not in self.invoice_of
         if not news and not told_who_paid:
@@ -537,11 +549,22 @@ class Naive:
                 bought.append(Line(key, name, start, end, worth))
         return bought
 
-    def granted_for(self, subscription: str, start: datetime) -> int:
-        """All that invoices granted at the start of a period so far."""
-        return sum(sale.credits for sale in self.sales if sale.starts == (subscription, start))
+    def started(self, subscription: str, start: datetime, invoice: str) -> bool:
+        """Whether an invoice has started a period before."""
+        return any(
+            sale.starts == (subscription, start) and sale.invoice == invoice for sale in self.sales
+        )
 
-    def share_out(self, bought: list[Line], before: dict[datetime, int], invoice: str) -> list[int]:
+    def granted_for(self, subscription: str, start: datetime, bought: list[Line]) -> int:
+        """All that was granted at the start of a period so far, by invoices or as an old system's sale."""
+        keys = {line.key for line in bought if line.start == start}
+        return sum(
+            sale.credits
+            for sale in self.sales
+            if sale.starts == (subscription, start) or sale.about in keys
+        )
+
+    def share_out(self, bought: list[Line], before: dict[datetime, int]) -> list[int]:
         """What each line grants: all of an invoice's lines of a period together fill up what is missing."""
         left = {
             start: max(0, sum(line.worth for line in bought if line.start == start) - granted)
@@ -549,11 +572,8 @@ class Naive:
         }
         shares = []
         for line in bought:
-            share = min(line.worth, left[line.start])
-            if self.sold(line.key, invoice):
-                share = 0
-            left[line.start] -= share
-            shares.append(share)
+            shares.append(min(line.worth, left[line.start]))
+            left[line.start] -= shares[-1]
         return shares
 
     def start_period(
@@ -574,22 +594,47 @@ class Naive:
         )
         if line.end > self.now:
             self.tiers[who] = plan.tier
+        key = f"{line.key}+{before}" if self.sold(line.key) else line.key
+        raised = self.months_of(subscription, line.start)
         ends = line.end
-        if plan.monthly:
+        if plan.monthly and raised:
+            ends = min(raised.end, months_after(line.start, raised.given + 1))
+        elif plan.monthly:
             ends = min(line.end, months_after(line.start, 1))
-            ends = self.pay_monthly(who, subscription, line, ends, invoice, payment, paid)
         elif plan.rolls_over:
             ends += self.prices.grace
         grant = None
         if credits:
             grant = Granted(who, "subscription", credits + rolled, ends, subscription, line.start)
             self.give(grant)
-        key = f"{line.key}+{before}" if self.sold(line.key) else line.key
+        money = (payment, invoice, paid)
         starts = (subscription, line.start)
-        self.sell(Sale(key, line.key, who, credits, grant, payment, invoice, paid, starts))
+        self.sell(Sale(key, line.key, who, self.now, credits, grant, *money, starts))
+        if plan.monthly and line.worth:
+            each, given = (credits, raised.given) if raised else (line.worth, 0)
+            later = [
+                sale.starts[1]
+                for sale in self.sales
+                if sale.starts and sale.starts[0] == subscription and sale.starts[1] > line.start
+            ]
+            self.yearly.append(
+                Yearly(
+                    key.removesuffix(":0"),
+                    who,
+                    subscription,
+                    line.start,
+                    min([line.end, *later]),
+                    each,
+                    given,
+                    *money,
+                )
+            )
 
     def close_earlier(self, who: str, subscription: str, start: datetime, rolls_over: int) -> int:
-        """End the grants of earlier periods; say what of them goes on, which is the latest of it."""
+        """End the months and grants of earlier periods; say what of them goes on, which is the latest of it."""
+        for yearly in self.yearly:
+            if (yearly.who, yearly.subscription) == (who, subscription) and yearly.start < start:
+                yearly.end = min(yearly.end, start)
         earlier = [
             grant
             for grant in self.lots(who)
@@ -603,32 +648,20 @@ class Naive:
             expiring -= gone
             self.spent.append(Spent(grant, gone, expired=True))
             self.spent.append(Spent(grant, self.free(grant)))
-            grant.expires_at = min(grant.expires_at, self.now)
+        for grant in self.granted:
+            # Also what is empty: money that is not given back after all could fill it again.
+            if (grant.who, grant.subscription) == (who, subscription) and grant.period < start:
+                grant.expires_at = min(grant.expires_at, self.now)
         return rolled
 
     # -- months -------------------------------------------------------------------------------------------
 
-    def pay_monthly(
-        self,
-        who: str,
-        subscription: str,
-        line: Line,
-        first: datetime,
-        invoice: str,
-        payment: str | None,
-        paid: int | None,
-    ) -> datetime:
-        """Months are to follow, or more of them; say when what is granted now ends."""
+    def months_of(self, subscription: str, start: datetime) -> Yearly | None:
+        """The months of a yearly period that are to come already, of its first invoice."""
         for yearly in self.yearly:
-            if (yearly.subscription, yearly.start) == (subscription, line.start):
-                yearly.credits = line.worth
-                coming = [month for month in instants(yearly) if month > self.now]
-                return min([*coming, yearly.end])
-        if line.worth:
-            self.yearly.append(
-                Yearly(who, subscription, line.start, line.end, line.worth, payment, invoice, paid)
-            )
-        return first
+            if (yearly.subscription, yearly.start) == (subscription, start):
+                return yearly
+        return None
 
     def next_month(self, yearly: Yearly) -> datetime | None:
         """When the next month is granted; none is while all of the money is back."""
@@ -640,14 +673,12 @@ class Naive:
     def give_months(self) -> None:
         """Every month that is due, the earliest first."""
         while due := [
-            (month, yearly.subscription, yearly.start)
+            (month, yearly.key, yearly)
             for yearly in self.yearly
             if (month := self.next_month(yearly)) is not None and month <= self.now
         ]:
-            for yearly in self.yearly:
-                if (self.next_month(yearly), yearly.subscription, yearly.start) == min(due):
-                    self.give_month(yearly, min(due)[0])
-                    break
+            month, _, yearly = min(due, key=lambda item: item[:2])
+            self.give_month(yearly, month)
 
     def give_month(self, yearly: Yearly, month: datetime) -> None:
         """As if in time, however late: a debt is paid from it before it is past its own time."""
@@ -658,9 +689,9 @@ class Naive:
         )
         self.receive(grant)
         self.pay_debts()
-        key = f"allocation:{yearly.subscription}:{yearly.start.isoformat()}:{yearly.given}"
-        bought_with = (yearly.payment, yearly.invoice, yearly.paid)
-        self.sell(Sale(key, key, yearly.who, yearly.credits, grant, *bought_with))
+        key = f"{yearly.key}:{yearly.given}"
+        money = (yearly.payment, yearly.invoice, yearly.paid)
+        self.sell(Sale(key, key, yearly.who, month, yearly.credits, grant, *money))
         self.expire()
 
     # -- money that comes back ----------------------------------------------------------------------------
@@ -690,10 +721,13 @@ class Naive:
         return self.look_at_money(payment)
 
     def look_at_money(self, payment: str) -> str:
-        """Whatever a payment bought is looked at again; what months were withheld may come now."""
-        for sale in list(self.sales):
-            if payment in self.payments(sale):
-                self.settle_with_money(sale)
+        """Credits are taken in the order in which they were bought, and given back in reverse; withheld months come."""
+        bought = [sale for sale in self.sales if payment in self.payments(sale)]
+        bought.sort(key=lambda sale: (sale.at, sale.key))
+        for sale in bought:
+            self.take_for_money(sale)
+        for sale in reversed(bought):
+            self.give_for_money(sale)
         self.give_months()
         return "applied"
 
@@ -721,14 +755,20 @@ class Naive:
                 money += dispute.money
         return money
 
-    def settle_with_money(self, sale: Sale) -> None:
-        """Take credits for money that is back, or give them back when the money is not."""
+    def surplus(self, sale: Sale) -> int:
+        """How many credits more were taken of a purchase than its part of the money that is back."""
         target = sale.credits * self.returned(sale) // sale.paid if sale.paid else 0
-        taken = sum(taken.credits for taken in sale.taken)
-        if target > taken:
-            self.claw(sale, target - taken)
-        if target < taken:
-            self.unclaw(sale, taken - target)
+        return sum(taken.credits for taken in sale.taken) - target
+
+    def take_for_money(self, sale: Sale) -> None:
+        """Take the credits of money that is back."""
+        if self.surplus(sale) < 0:
+            self.claw(sale, -self.surplus(sale))
+
+    def give_for_money(self, sale: Sale) -> None:
+        """Give back the credits of money that is not back after all."""
+        if self.surplus(sale) > 0:
+            self.unclaw(sale, self.surplus(sale))
 
     def claw(self, sale: Sale, missing: int) -> None:
         """From what was bought; what of it expired is excused; then from elsewhere; the rest is owed."""
@@ -769,6 +809,8 @@ class Naive:
                 anew += part - forgiven
             elif taken.how == "spent" and taken.grant.expires_at > self.now:
                 self.spent.append(Spent(taken.grant, -part))
+                if part and not taken.grant.has_arrived:
+                    self.arrive(taken.grant)
             elif taken.how == "spent":
                 anew += part
         if anew:

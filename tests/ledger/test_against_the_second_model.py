@@ -132,6 +132,7 @@ def ask(naive: Naive, action: Action) -> str:
         case ImportCredits():
             entries = [
                 (
+                    entry.kind,
                     entry.pool,
                     entry.credits,
                     entry.expires_at,
@@ -457,11 +458,7 @@ class BothModels(RuleBasedStateMachine):
             key: (self.home(seen, row.account_id), row.credits, row.next_at)
             for key, row in allocations.items()
         } == {
-            (yearly.subscription, yearly.start): (
-                yearly.who,
-                yearly.credits,
-                naive.next_month(yearly),
-            )
+            yearly.key: (yearly.who, yearly.credits, naive.next_month(yearly))
             for yearly in naive.yearly
         }
         today = self.ledger.now.astimezone(UTC).date()
