@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from tests.store.kit import grant, ledger_over, register
 
 from workers import cli
 from workers.embedded import Servers
 from workers.ledger.catalogue import DEFAULT_CATALOGUE
+from workers.store.database import open_pool
+from workers.store.set_aside import Work
 from workers.up.stack_file import Stack, write_stack
 
 LETTER = """
@@ -59,6 +62,11 @@ async def _on(url: str, method: str, *arguments: Any) -> Any:
         await connection.close()
 
 
+async def _apply(url: str, works: list[Work]) -> None:
+    async with await open_pool(url, size_max=2, name="tests") as pool:
+        await ledger_over(pool).apply(works)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must exit 2; returns its one sentence."""
     assert cli.run(arguments) == 2
@@ -97,6 +105,9 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
         (["audit", "--limit", "-1"], "credits audit --help"),
         (["balance", "user:ada", "--at", "yesterday"], "2026-11-21T10:00:00Z"),
         (["balance", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
+        (["balance", "user:ada", "--at", "0001-01-01T00:00:00+14:00"], "year"),
+        (["why"], "credits why --help"),
+        (["why", "user:ada", "--at", "2026-11-21T10:00:00"], "offset"),
         (["catalogue", "check", "/no/such/file"], "/no/such/file"),
     ],
 )
@@ -108,7 +119,8 @@ def test_wrong_usage_exits_2_with_a_sentence_that_helps(
 
 
 @pytest.mark.parametrize(
-    "command", ["balance user:ada", "entries ada", "audit", "dead list", "migrate", "topics"]
+    "command",
+    ["balance user:ada", "entries ada", "why ada", "audit", "dead list", "migrate", "topics"],
 )
 def test_without_any_stack_the_sentence_says_how_to_have_one(
     capsys: pytest.CaptureFixture[str], command: str
@@ -121,7 +133,7 @@ def test_without_any_stack_the_sentence_says_how_to_have_one(
 
 
 @pytest.mark.parametrize(
-    "command", ["balance user:ada", "entries ada", "audit", "dead list", "migrate"]
+    "command", ["balance user:ada", "entries ada", "why ada", "audit", "dead list", "migrate"]
 )
 def test_an_unreachable_database_is_named_without_its_password(
     capsys: pytest.CaptureFixture[str],
@@ -202,11 +214,48 @@ def test_an_owner_never_seen_is_a_problem_found(
 ) -> None:
     """Exit 1 with a sentence; an owner that no id can be is wrong usage."""
     monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
-    for command in ("balance", "entries", "audit --account"):
+    for command in ("balance", "entries", "why", "audit --account"):
         assert cli.run([*command.split(), "user:nobody"]) == 1
         assert "user:nobody was never seen" in capsys.readouterr().err
     assert "user:<id>" in refused(capsys, "balance", "user:two words")
     assert "user:<id>" in refused(capsys, "audit", "--account", "user:two words")
+
+
+def test_a_balance_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """As a page and as JSON, neither of which lets foreign text act; exit 1 where it does not add up."""
+    monkeypatch.setenv("CREDITS_DATABASE_URL", database_url)
+    reason = "\x1b[31m[red]\x9b\u202e\U000e0041 sorry"
+    works = [register("ada", email="ada@example.com"), grant("ada", 50, reason=reason)]
+    asyncio.run(_apply(database_url, works))
+
+    assert cli.run(["why", "ada@example.com"]) == 0
+    page = capsys.readouterr().out
+    assert "user:ada has 50 credits: 50 available. They come from 1 lot." in page
+    assert "[red]" in page
+    assert {c for c in page if not c.isprintable()} == {"\n"}
+    assert cli.run(["why", "ada", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert {c for c in text if not c.isprintable()} == {"\n"}
+    explained = json.loads(text)
+    assert explained["lots"]["listed"][0]["source_reference"] == reason
+    assert explained["summary"] == page.splitlines()[1]
+    assert explained["problems"] == []
+    past = answered(capsys, "why", "ada", "--at", explained["recent"][0]["recorded_at"])
+    assert past["lots"] == explained["lots"]
+    assert "past moment" in refused(capsys, "why", "ada", "--at", "2999-01-01T00:00:00Z")
+    assert "user:<id>" in refused(capsys, "why", "two words")
+
+    tamper = "UPDATE credits.accounts SET purchased = purchased + 1"
+    asyncio.run(_on(database_url, "execute", tamper))
+    assert cli.run(["why", "ada"]) == 1
+    assert "credits audit" in capsys.readouterr().out
+    problems = answered(capsys, "why", "ada", status=1)["problems"]
+    assert {problem["code"] for problem in problems} == {
+        "account_differs_from_journal",
+        "lots_are_not_the_balance",
+    }
 
 
 def test_dead_letters_are_looked_at_replayed_and_discarded(
@@ -301,7 +350,7 @@ def test_help_answers_at_once_and_loads_no_driver() -> None:
         timeout=30,
         check=True,
     )
-    for command in ("up", "worker", "gateway", "balance", "dead", "catalogue"):
+    for command in ("up", "worker", "gateway", "balance", "why", "dead", "catalogue"):
         assert command in told.stdout
     for heavy in ("asyncpg", "aiokafka", "pydantic", "stripe", "fastapi"):
         assert f" {heavy}\n" not in told.stderr

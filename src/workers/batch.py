@@ -456,6 +456,13 @@ def _fresh_links(
 ) -> tuple[list[Link], list[Alert]]:
     """The mappings that are news, and those that contradict what is known: a known mapping stays (R13)."""
     owners = {(external_id, provider): owner for external_id, provider, owner in known}
+
+    def heir(owner: str) -> str:
+        """Whom this batch merged the owner into: both names mean the same from now on."""
+        while owner in execution.merged:
+            owner = execution.merged[owner]
+        return owner
+
     links, disagreements = [], []
     for decision in execution.decisions:
         for link in decision.links:
@@ -463,7 +470,7 @@ def _fresh_links(
             if owner is None:
                 owners[link.external_id, link.provider] = link.owner
                 links.append(link)
-            elif owner != link.owner:
+            elif heir(owner) != heir(link.owner):
                 message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {link.owner}"
                 details = {
                     "provider": link.provider,

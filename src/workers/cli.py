@@ -190,6 +190,37 @@ def entries(
 
 
 @app.command()
+def why(
+    owner: Annotated[
+        str, typer.Argument(help="user:<id>, org:<id>, a user's id, or an e-mail address.")
+    ],
+    at: Annotated[
+        str | None, typer.Option(help="As of this past moment (RFC 3339 with an offset).")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Explain a balance: where it comes from, what it went to, what is held, owed and expiring."""
+    from workers.operations.why import StillToCome, explain, render
+    from workers.store.reads import MalformedOwner
+
+    moment, catalogue = _moment(at), _operator_settings().load_catalogue()
+    try:
+        found = _with_database(lambda pool: explain(pool, owner, catalogue=catalogue, at=moment))
+    except MalformedOwner as error:
+        raise UnusableError(str(error)) from error
+    except StillToCome as error:
+        raise UnusableError(f"{error}: name a past moment, or leave --at out") from error
+    if found is None:
+        return _nobody(owner)
+    if as_json:
+        sys.stdout.write(_escaped(found.model_dump_json()) + "\n")
+    else:
+        console = _console()
+        console.print(render(found, width=console.width))
+    return PROBLEMS if found.problems else WELL
+
+
+@app.command()
 def audit(
     account: Annotated[
         list[str] | None,
@@ -554,7 +585,7 @@ def _keep_libraries_quiet() -> None:
 def _moment(text: str | None) -> Any:
     if text is None:
         return None
-    from datetime import datetime
+    from datetime import UTC, datetime
 
     try:
         moment = datetime.fromisoformat(text)
@@ -564,7 +595,10 @@ def _moment(text: str | None) -> Any:
         raise UnusableError(
             f"--at {text} is not a time with an offset: write it as 2026-11-21T10:00:00Z"
         )
-    return moment
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise UnusableError(f"--at {text} is in no year that a calendar has") from error
 
 
 async def _resolved(pool: "Pool", owner: str) -> str:
@@ -599,6 +633,12 @@ def _answer(told: Any, as_json: bool, text: str) -> None:
 
 def _print_json(told: Any) -> None:
     sys.stdout.write(json.dumps(told, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _escaped(text: str) -> str:
+    """JSON whose foreign text cannot act on a terminal: inside its strings an escape means the same character."""
+    escaped = (c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(escaped)
 
 
 def _plain(value: Any) -> str:

@@ -21,6 +21,7 @@ from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, parse_catalog
 from workers.ledger.commands import (
     Action,
     AdjustCredits,
+    AsOf,
     BuyPack,
     CancelBooking,
     Cause,
@@ -39,6 +40,7 @@ from workers.ledger.commands import (
     PaymentIds,
     PeriodLine,
     Pool,
+    RecordSubscription,
     RefundCharge,
     RefundGeneration,
     RefundPayment,
@@ -729,3 +731,22 @@ def imported(
 def import_books(*entries: ImportedEntry, key: str = "profiles:1", to: str = ANN) -> ImportCredits:
     """What an old system knew of Ann."""
     return ImportCredits(to, key, entries)
+
+
+def change(plan: str, start: datetime, end: datetime, *, quantity: int = 1) -> PeriodLine:
+    """What a paid invoice charges anew for the rest of a period that runs already."""
+    return PeriodLine(plan, start, end, quantity, trial=False, prorated=True)
+
+
+def told_of(
+    status: str = "active",
+    *,
+    at: datetime = START,
+    rank: int = 1,
+    event: str = "evt_1",
+    id: str = "sub_1",
+    of: str = ANN,
+    plan: str | None = "pro_monthly",
+) -> RecordSubscription:
+    """What Stripe says of a subscription."""
+    return RecordSubscription(of, id, AsOf(at, rank, event), status, plan)

@@ -218,3 +218,36 @@ def old_invoice(
         "lines": {"object": "list", "data": list(lines) or [old_line()], "has_more": False},
     }
     return {**invoice, **usual, **given}
+
+
+# -- subscriptions ------------------------------------------------------------------------------------------------
+
+PERIOD = {"current_period_start": CREATED, "current_period_end": CREATED + 30 * 86_400}
+
+
+def item(price: str = "price_pro_monthly", **given: Any) -> dict[str, Any]:
+    """Stripe's example of what a subscription is for, without its period."""
+    (whole,) = example("subscription")["items"]["data"]
+    usual = {name: value for name, value in whole.items() if name not in PERIOD}
+    return {**usual, "price": {**example("price"), "id": price}, **given}
+
+
+def new_subscription(*items: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """Stripe's example of a subscription, live, as it has been since 2025-03-31: its items have the period."""
+    data = [{**PERIOD, **one} for one in items or [item()]]
+    usual = {
+        "id": "sub_1",
+        "customer": "cus_1",
+        "status": "active",
+        "cancel_at": None,
+        "cancel_at_period_end": False,
+        "items": {**example("subscription")["items"], "data": data},
+    }
+    return {**example("subscription"), **usual, **given}
+
+
+def old_subscription(*items: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The same as it was before."""
+    found = new_subscription(**PERIOD)
+    found["items"] = {**found["items"], "data": list(items) or [item()]}
+    return {**found, **given}

@@ -388,3 +388,66 @@ async def test_metadata_of_a_subscription_tell_whose_a_customer_is_for_good(worl
 
     assert (granted["account_id"], granted["amount"]) == (f"user:{owner}", 800)
     assert (bought["account_id"], bought["amount"]) == (f"user:{owner}", 100)
+
+
+async def test_a_refund_of_credits_half_spent_leaves_a_debt_that_the_next_pack_pays(
+    world: World,
+) -> None:
+    """Scenario 10: of 100 bought 50 are spent when all the money goes back: 50 are owed, told, and paid by what comes."""
+    user, id_ = world.name("u"), world.name("g")
+    account = f"user:{user}"
+    pack = stripe.checkout(world.name("evt"), user=user, payment_intent=world.name("pi"))
+    await world.applied(await world.webhook(pack))
+    await generation(world, "requested", user, id_, kind="sketch", credits=50)
+    await generation(world, "completed", user, id_, kind="sketch", credits=50)
+
+    payment = pack["data"]["object"]["payment_intent"]
+    refund = stripe.refund(world.name("evt"), payment=payment, amount=999)
+    (clawed,) = await world.applied(await world.webhook(refund))
+
+    assert told(clawed) == ("clawback", -50, 0, 0, 0)
+    assert clawed["balance"]["debt"] == 50
+    assert clawed["cause"]["refund_id"] == refund["data"]["object"]["id"]
+    shown = await world.balance(account)
+    assert (shown["total"], shown["available"], shown["debt"]) == (0, 0, 50)
+    (alert,) = await world.until(lambda: world.alerts(account, "debt_opened"))
+    assert alert["details"]["debt"] == 50
+
+    next_pack = stripe.checkout(world.name("evt"), user=user)
+    bought, paid = await world.applied(await world.webhook(next_pack), count=2)
+
+    assert told(bought) == ("purchase", 100, 100, 0, 100)
+    assert told(paid) == ("debt_payment", -50, 50, 0, 50)
+    assert (bought["balance"]["debt"], paid["balance"]["debt"]) == (50, 0)
+    shown = await world.balance(account)
+    assert (shown["total"], shown["purchased"], shown["debt"]) == (50, 50, 0)
+    await world.check_account(account)
+    assert len(world.alerts(account, "debt_opened")) == 1
+
+
+async def test_two_accounts_of_one_person_become_one_whose_entries_say_where_from(
+    world: World,
+) -> None:
+    """Scenario 13: 'user' 15 and 'individual' 5, merged, are one account of 20; both entries name the one that closed."""
+    user, individual = world.name("user"), world.name("individual")
+    await grant(world, user, 15)
+    await grant(world, individual, 5)
+
+    merge = {"from_user_id": individual, "to_user_id": user}
+    left, came = await world.applied(await world.publish(ACCOUNT, "user.merged", merge), count=2)
+
+    if left["account_id"] == f"user:{user}":  # accounts have no order among each other
+        left, came = came, left
+    assert (left["account_id"], *told(left)) == (f"user:{individual}", "merge", -5, 0, 0, 0)
+    assert (came["account_id"], *told(came)) == (f"user:{user}", "merge", 5, 20, 0, 20)
+    for entry in (left, came):
+        assert entry["cause"]["merged_account"] == f"user:{individual}"
+    lots = [{lot["lot_id"] for lot in entry["breakdown"]["lots"]} for entry in (left, came)]
+    assert lots[0] == lots[1] != set()
+    for owner in (f"user:{user}", f"user:{individual}", user, individual):
+        found = await world.account(owner)
+        assert (found["account_id"], found["balance"]["total"]) == (f"user:{user}", 20)
+    kinds = [(entry["kind"], entry["amount"]) for entry in await world.entries(f"user:{user}")]
+    assert kinds == [("promotion", 15), ("merge", 5)]
+    for account in (f"user:{user}", f"user:{individual}"):
+        await world.check_account(account)

@@ -638,6 +638,11 @@ class World:
         }
         return [versions[version] for version in sorted(versions)]
 
+    def alerts(self, account: str | None, code: str) -> list[dict[str, Any]]:
+        """The alerts of a kind about an account so far."""
+        found = (one.data for one in self.arrived[ALERT])
+        return [data for data in found if (data["account_id"], data["code"]) == (account, code)]
+
     @contextlib.asynccontextmanager
     async def _subscribed(self) -> AsyncIterator[None]:
         settings = self.settings
@@ -760,6 +765,20 @@ class World:
         prefix = self.settings.topic_prefix
         return {(at.topic.removeprefix(prefix), at.partition): end for at, end in ends.items()}
 
+    async def records(self, topic: str) -> list[ConsumerRecord]:
+        """All that was ever published on a topic, each partition in its order."""
+        found: list[ConsumerRecord] = []
+        name, bootstrap = self.settings.topic(topic), self.settings.kafka_bootstrap
+        partitions = [TopicPartition(name, number) for number in range(self.settings.partitions)]
+        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+        consumer.assign(partitions)
+        async with consumer:
+            total = sum((await consumer.end_offsets(partitions)).values())
+            while len(found) < total:
+                for records in (await consumer.getmany(timeout_ms=1000)).values():
+                    found += records
+        return found
+
     async def rewind(self, *topics: str) -> None:
         """Make the groups of these topics, which nobody may be in, begin at the beginning again."""
         for topic in topics:
@@ -809,6 +828,25 @@ class World:
         query = "SELECT coalesce(md5(string_agg(t::text, '|' ORDER BY t::text)), '') FROM {} t"
         return {table: await self.database.fetchval(query.format(table)) for table in TABLES}
 
+    async def check_account(self, account: str) -> None:
+        """Its entries add up to its balance, its versions have no gap, and each was published exactly once."""
+        row = await self.database.fetchrow(
+            "SELECT subscription + purchased AS balance, version FROM accounts WHERE account_id = $1",
+            account,
+        )
+        assert row is not None, account
+        versions = list(range(1, row["version"] + 1))
+        await self.until(lambda: len(self.changed(account)) >= len(versions))
+        published = [one.data for one in self.arrived[CHANGED] if one.data["account_id"] == account]
+        assert [data["version"] for data in published] == versions
+        assert sum(data["amount"] for data in published) == row["balance"]
+        heir, entries = await self.account(account), await self.entries(account)
+        if heir["account_id"] == account:
+            assert heir["balance"]["total"] == row["balance"]
+            assert entries == published
+        else:
+            assert row["balance"] == 0
+
     async def check_books(self) -> None:
         """The invariants of the ledger, over everything that this deployment has ever done."""
         for claim, query in BOOKS.items():
@@ -832,7 +870,7 @@ class World:
 
 TABLES = (
     "accounts", "lots", "entries", "commands", "generations", "bookings", "purchases", "identities", "usage_days",
-    "dead_letters", "outbox",
+    "payments", "refunds", "disputes", "allocations", "dead_letters", "outbox",
     "(SELECT topic, partition, kafka_offset, record_hash FROM parked)",  # what waits is tried again all the time
 )  # fmt: skip
 # What must hold of the tables at any moment: each query finds the exceptions.
@@ -860,6 +898,23 @@ BOOKS = {
         SELECT transaction_id FROM entries WHERE kind IN ('booking_debit', 'session_earning', 'transfer')
            AND cause->>'type' IN ('booking.requested', 'credits.transferred')
         GROUP BY transaction_id HAVING sum(subscription_delta + purchased_delta) <> 0 OR count(*) <> 2""",
+    "a merge brings in what it takes out": """
+        SELECT transaction_id FROM entries WHERE kind = 'merge' GROUP BY transaction_id
+        HAVING sum(subscription_delta) <> 0 OR sum(purchased_delta) <> 0 OR sum(held_delta) <> 0
+            OR sum(debt_delta) <> 0 OR count(*) <> 2""",
+    "what was merged is empty, and debt stands beside no unheld credits": """
+        SELECT account_id FROM accounts WHERE (debt > 0 AND subscription + purchased > held)
+            OR (state = 'merged' AND (subscription, purchased, held, debt) <> (0, 0, 0, 0))""",
+    "nothing that goes on is left with an account that was merged": """
+        SELECT a.account_id FROM accounts a WHERE a.state = 'merged' AND (
+            EXISTS (SELECT FROM lots l WHERE l.account_id = a.account_id AND l.open)
+            OR EXISTS (SELECT FROM purchases p WHERE p.account_id = a.account_id)
+            OR EXISTS (SELECT FROM identities i WHERE i.owner = a.account_id)
+            OR EXISTS (SELECT FROM allocations m WHERE m.account_id = a.account_id AND m.next_at IS NOT NULL)
+            OR EXISTS (SELECT FROM generations g WHERE g.account_id = a.account_id AND g.state = 'held'))""",
+    "what was clawed back of a purchase is the sum of its parts": """
+        SELECT purchase_key FROM purchases WHERE clawed <>
+            (SELECT coalesce(sum((part->>1)::bigint), 0) FROM jsonb_array_elements(clawed_parts) part)""",
     "an event has the entries of one transaction at most": """
         SELECT cause->>'source', cause->>'type', cause->>'idempotency_key' FROM entries
         WHERE kind NOT IN ('expiry', 'generation_release', 'debt_payment')

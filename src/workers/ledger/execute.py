@@ -189,7 +189,7 @@ def references_of(action: Action) -> dict[str, str]:
         case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
         case MergeAccounts():
-            return {"merged_account": action.source}
+            return {"merged_account": action.source, "merged_into": action.target}
         case RecordSubscription():
             return {"subscription_id": action.subscription_id}
         case PayInvoice():

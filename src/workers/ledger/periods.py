@@ -11,7 +11,7 @@ from workers.ledger.commands import PeriodLine, StartPeriods
 from workers.ledger.grants import too_much
 from workers.ledger.model import Account, Allocation, Kind, Lot, Purchase, add_months
 from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
-from workers.ledger.subscriptions import has_ended
+from workers.ledger.subscriptions import follow_invoice
 from workers.ledger.writer import Move, Transaction, Writer
 
 
@@ -97,9 +97,11 @@ def _news(writer: Writer, action: StartPeriods) -> list[Period]:
     for _, of_start in groupby(begun, key=lambda period: period.start):
         news += _beginnings(writer, action, list(of_start), bought)
     for period in periods:
-        if period.prorated and not _was_handled(action, [period], bought):
+        known = any(period.is_of(purchase) for purchase in bought)
+        if period.prorated and not known and not _was_handled(action, [period], bought):
             news += _change(period, bought, news)
-    return news
+    # A change of the period before comes before the renewal, which then finds its credits to roll over.
+    return sorted(news, key=lambda period: period.start)
 
 
 def _was_handled(action: StartPeriods, periods: list[Period], bought: list[Purchase]) -> bool:
@@ -141,15 +143,13 @@ def _beginnings(
 
 
 def _change(period: Period, bought: list[Purchase], news: list[Period]) -> Iterator[Period]:
-    """A change raises its period to the plan's credits, if that is higher than it ever was. One that comes before its
-    period is remembered.
+    """A change raises its period to the plan's credits, if that is higher than it ever was. It is remembered in any
+    case: it may come before its period, or lower the months to come.
     """
     others: list[Period | Purchase] = [*bought, *news]
     shared = [one for one in others if period.shares_its_time_with(one)]
     if any(not one.prorated for one in shared):
         period.credits = max(0, period.worth - sum(one.credits for one in shared))
-        if not period.credits:
-            return
     yield period
 
 
@@ -214,9 +214,9 @@ def _start(
         carried = _close_earlier_periods(
             writer, account, action.subscription_id, period, transaction
         )
-    alive = period.end > writer.now and not has_ended(writer.state, action.subscription_id)
-    if alive and account.tier != period.plan.tier:
-        account.tier, account.changed = period.plan.tier, True
+    if period.end > writer.now:
+        running = (period.start, period.end)
+        follow_invoice(writer, account, action.subscription_id, period.plan_name, running)
     kind: Kind = "session_earning" if period.monthly else "subscription_grant"
     expires_at = _expires_at(writer, action.subscription_id, period)
     lot = None
@@ -250,6 +250,8 @@ def _start(
         paid=period.paid,
     )
     payments.net(writer, purchase, transaction)
+    if period.prorated and _is_latest_change(writer, action.subscription_id, period):
+        _lower_months(account, action.subscription_id, period)
     if period.monthly and period.worth > 0 and (period.credits > 0 or not period.prorated):
         _allocate(writer, account, action.subscription_id, period)
 
@@ -284,6 +286,37 @@ def _allocate(writer: Writer, account: Account, subscription_id: str, period: Pe
     writer.state.allocations[allocation.allocation_key] = allocation
     account.allocations.append(allocation)
     payments.follow_with_months(writer, allocation)
+
+
+def _is_latest_change(writer: Writer, subscription_id: str, period: Period) -> bool:
+    return not any(
+        purchase.prorated
+        and purchase.subscription_id == subscription_id
+        and purchase.period_end == period.end
+        and purchase.period_start is not None
+        and purchase.period_start > period.start
+        for purchase in writer.state.purchases.values()
+    )
+
+
+def _lower_months(account: Account, subscription_id: str, period: Period) -> None:
+    """What was granted stays; the months to come are those of the latest plan, or it would pay to be dear for an hour."""
+    running = [
+        one
+        for one in account.allocations
+        if one.subscription_id == subscription_id and one.period_end == period.end
+    ]
+    wanted = period.worth - period.credits if period.monthly else 0
+    excess = sum(one.credits for one in running) - wanted
+    for allocation in sorted(running, key=lambda one: (one.anchor_at, one.allocation_key))[::-1]:
+        cut = min(allocation.credits, max(0, excess))
+        excess -= cut
+        if cut == allocation.credits:
+            allocation.period_end, allocation.next_at = period.start, None
+        else:
+            allocation.credits -= cut
+        allocation.changed = allocation.changed or cut > 0
+    account.plan_months()
 
 
 def _months_of(writer: Writer, subscription_id: str, period: Period) -> Allocation | None:

@@ -307,11 +307,12 @@ def _period_lines(invoice: Invoice, catalogue: Catalogue) -> tuple[PeriodLine, .
         if line.quantity == 0 or (line.is_proration and (line.amount or 0) <= 0):
             continue
         plan = catalogue.plan_of_price(line.price_id)
-        if plan is None and line.is_proration:
-            continue
         if plan is None:
             of_subscription = line.item.subscription or line.subscription
-            if not line.is_extra and (of_subscription or len(invoice.lines.data) == 1):
+            changed = line.is_proration and line.price_id is not None
+            alone = len(invoice.lines.data) == 1
+            begun = not line.is_proration and not line.is_extra and (of_subscription or alone)
+            if begun or (changed and of_subscription):
                 detail = (
                     f"invoice {invoice.id} was paid for price {line.price_id}, which is in no plan of the catalogue: "
                     "add it to a plan's stripe_prices, then replay this dead letter"

@@ -268,10 +268,12 @@ async def _load_generations(
 ) -> None:
     if not locked and not reach.generation_ids:
         return
-    merging = {_heir(state, account_id).account_id for account_id in reach.merging}
-    for row in await connection.fetch(
-        SQL["load_generations"], list(reach.generation_ids), locked, now, list(merging)
-    ):
+    named = list(reach.generation_ids)
+    rows = await connection.fetch(SQL["load_generations"], named, locked, now)
+    if reach.merging:
+        merging = {_heir(state, account_id).account_id for account_id in reach.merging}
+        rows += await connection.fetch(SQL["load_holds"], named, list(merging), now)
+    for row in rows:
         fields = dict(row)
         allocation = orjson.loads(fields.pop("hold_allocation"))
         pinned = tuple(Pinned(UUID(lot_id), credits) for lot_id, credits in allocation)

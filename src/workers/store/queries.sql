@@ -57,8 +57,10 @@ WITH RECURSIVE parties AS (
     UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
 ), heirs AS (
     SELECT account_id::text COLLATE "C" AS account_id FROM parties
-    UNION SELECT a.merged_into::text COLLATE "C" FROM heirs JOIN accounts a ON a.account_id = heirs.account_id
-          WHERE a.merged_into IS NOT NULL
+    -- One by one, by key: as a join the planner would rather read every account there is.
+    UNION SELECT n.heir FROM (
+        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
+        FROM heirs) n WHERE n.heir IS NOT NULL
 )
 SELECT account_id FROM heirs;
 
@@ -108,7 +110,7 @@ SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expi
 FROM lots WHERE lot_id = ANY($2::uuid[]) AND NOT (open AND account_id = ANY($1::text[]));
 
 -- name: load_generations
--- The generations that are named, and of locked accounts the holds that are past their deadline; of those that merge, all.
+-- The generations that are named, and the holds of locked accounts that are past their deadline.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations WHERE generation_id = ANY($1::text[])
@@ -116,12 +118,14 @@ UNION ALL
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[])
-UNION ALL
+WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+
+-- name: load_holds
+-- All open holds of accounts that merge.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($4::text[]) AND NOT generation_id = ANY($1::text[]);
+WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_bookings
 -- The bookings that are named.
@@ -208,10 +212,10 @@ WHERE p.purchase_key = n.purchase_key;
 -- name: update_allocations
 -- Months granted, stopped, ended or moved.
 UPDATE allocations a
-SET account_id = n.account_id, period_end = n.period_end, next_month = n.next_month, next_at = n.next_at,
-    returned = n.returned
-FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::int[], $5::timestamptz[], $6::bigint[])
-     AS n (allocation_key, account_id, period_end, next_month, next_at, returned)
+SET account_id = n.account_id, period_end = n.period_end, credits = n.credits, next_month = n.next_month,
+    next_at = n.next_at, returned = n.returned
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::bigint[], $5::int[], $6::timestamptz[], $7::bigint[])
+     AS n (allocation_key, account_id, period_end, credits, next_month, next_at, returned)
 WHERE a.allocation_key = n.allocation_key;
 
 -- name: update_payments

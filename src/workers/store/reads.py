@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 5.0
 OUTBOX_COUNTED_MAX = 1_000_000
 # Lots of a past moment are summed from the journal up to this version; a longer journal is not read for one page.
 JOURNAL_SUMMED_MAX = 20_000
-MERGES_FOLLOWED_MAX = 32
+MERGES_FOLLOWED_MAX = 1000
 
 _OWNER = re.compile(r"(?:user|org):[!-~]{1,255}")
 _EXTERNAL_ID = re.compile(r"[!-~]{1,255}")

@@ -25,7 +25,7 @@ COMMAND_COLUMNS = (
 )  # fmt: skip
 LOT_COLUMNS = (
     "lot_id", "account_id", "pool", "granted", "remaining", "held", "expired", "clawed", "open", "expires_at",
-    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at",
+    "source_kind", "source_reference", "subscription_id", "period_start", "granted_version", "granted_at", "position",
 )  # fmt: skip
 GENERATION_COLUMNS = (
     "generation_id", "account_id", "member_id", "state", "kind", "model", "units", "held", "hold_allocation",
@@ -246,6 +246,7 @@ def _lot_row(lot: Lot) -> tuple[Any, ...]:
         lot.period_start,
         lot.granted_version,
         lot.granted_at,
+        lot.position,
     )
 
 
@@ -374,6 +375,7 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
             allocation.allocation_key,
             allocation.account_id,
             allocation.period_end,
+            allocation.credits,
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
