@@ -183,6 +183,7 @@ class Naive:
     booked: dict[str, Booked] = field(default_factory=dict)
     sales: list[Sale] = field(default_factory=list)
     yearly: list[Yearly] = field(default_factory=list)
+    subscribed: dict[str, tuple[str, str]] = field(default_factory=dict)
     refunds: dict[str, Refunded] = field(default_factory=dict)
     charged_back: list[tuple[str, int]] = field(default_factory=list)
     disputes: dict[str, Disputed] = field(default_factory=dict)
@@ -593,7 +594,7 @@ class Naive:
             who, subscription, line.start, plan.rolls_over if credits else 0
         )
         if line.end > self.now:
-            self.tiers[who] = plan.tier
+            self.subscribe(who, subscription, line.plan)
         key = f"{line.key}+{before}" if self.sold(line.key) else line.key
         raised = self.months_of(subscription, line.start)
         ends = line.end
@@ -629,6 +630,18 @@ class Naive:
                     *money,
                 )
             )
+
+    def subscribe(self, who: str, subscription: str, plan: str) -> None:
+        """A subscription is whose it was first; the dearest of somebody's says the tier."""
+        owner, _ = self.subscribed.get(subscription, (who, plan))
+        self.subscribed[subscription] = (owner, plan)
+        plans = [
+            self.prices.plans[name]
+            for owner, name in self.subscribed.values()
+            if self.home(owner) == who
+        ]
+        if plans:
+            self.tiers[who] = max(plans, key=lambda plan: (plan.credits, plan.tier)).tier
 
     def close_earlier(self, who: str, subscription: str, start: datetime, rolls_over: int) -> int:
         """End the months and grants of earlier periods; say what of them goes on, which is the latest of it."""
