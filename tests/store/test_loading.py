@@ -1,7 +1,10 @@
 """What is written is what is loaded: a snapshot's round trip through the tables, field by field."""
 
+import os
+from collections import Counter
 from dataclasses import fields
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, get_args
 
 import asyncpg
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from workers.batch import Ledger
 from workers.ledger.commands import Command
 from workers.ledger.execute import Execution
-from workers.ledger.model import Lot, Snapshot
+from workers.ledger.model import Kind, Lot, Snapshot
 from workers.ledger.reach import Reach
 from workers.sources import Identities, Sources, Understood
 from workers.store.load import load
@@ -17,9 +20,32 @@ from workers.store.record import record_execution
 from workers.store.set_aside import Work
 
 from . import life
+from .commands_kit import (
+    SMALL,
+    START,
+    Books,
+    InMemory,
+    Story,
+    crowd,
+    differences,
+    due,
+    memory,
+    pool_at,
+    rows,
+    rows_in_memory,
+    rows_read,
+    set_clock,
+)
+from .commands_kit import problems as problems_after_merges
+from .conftest import EMPTY
 from .journal import problems
 from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, request
 
+# So many rows of everything, and a batch that touches few of them.
+CROWD, TOUCHED = 30_000, 100
+# The ordinary suite tells few stories; CREDITS_TEST_EXAMPLES=100 tells a hundred times as many.
+TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
+SEEDS = range(9, 9 + 8 * TIMES_AS_MANY)
 MARKS = {"lots", "due", "settled", "changed", "fresh"}
 
 
@@ -195,3 +221,151 @@ async def test_the_parties_of_a_business_object_are_locked_with_it(
         state, _ = await load(connection, wanted)
 
     assert state.accounts.keys() == ({"user:ann"} if named == "g1" else {"user:ann", "user:bob"})
+
+
+# -- the same story, in memory and in tables ----------------------------------------------------------------------
+
+
+async def tell(seed: int, owner: asyncpg.Connection, database_url: str, *, batches: int) -> None:
+    """A story for both ledgers, batch by batch: they decide alike, and afterwards every row and column is the same."""
+    story = Story(seed)
+    remembered = InMemory(catalogue=SMALL, now=START)
+    async with pool_at(owner, database_url, START, size_max=1) as pool:
+        books = Books(pool, SMALL, memory.ids())
+        for number in range(batches):
+            remembered.now = story.wait()
+            await set_clock(owner, remembered.now)
+            commands = story.batch(remembered.command)
+            where = f"seed {seed}, batch {number}: {[command.action for command in commands]}"
+
+            stored, expected = await books.run(*commands), remembered.run(*commands)
+
+            assert stored.now == remembered.now, where
+            assert stored.alerts == expected.alerts, where
+            outcomes = [decision.outcome for decision in expected.decisions]
+            assert [decision.outcome for decision in stored.decisions] == outcomes, where
+            tables = await rows(owner)
+            found = differences(tables, rows_in_memory(remembered, list(tables["accounts"])))
+            assert found == [], where
+            assert await due(pool) == due_in_memory(remembered), where
+        assert await problems_after_merges(owner) == [], seed
+
+
+def due_in_memory(ledger: Any) -> set[str]:
+    """The accounts to which time has done something."""
+    accounts = ledger.look().accounts
+    return {name for name, row in accounts.items() if row.version > ledger.accounts[name].version}
+
+
+@pytest.mark.timeout(180 * TIMES_AS_MANY)
+async def test_what_is_stored_is_what_memory_knows(
+    owner: asyncpg.Connection, database_url: str
+) -> None:
+    """Sixty batches of every kind of command over some months, one story for each seed: the tables forget nothing.
+
+    Both ledgers share time and ids, so that even the hashes of the entries must agree.
+    """
+    for seed in SEEDS:
+        await tell(seed, owner, database_url, batches=60)
+        await owner.execute(EMPTY)
+
+
+async def test_the_stories_have_rows_of_every_kind() -> None:
+    """The comparison would prove little about what never happens: here is what must have, told in memory alone."""
+    kinds, parts, steps, states = set(), set(), set(), set()
+    seen: Counter[str] = Counter()
+    for seed in SEEDS[:8]:
+        story = Story(seed)
+        ledger = InMemory(catalogue=SMALL, now=START)
+        for _ in range(60):
+            ledger.now = story.wait()
+            known = {key: row.next_at is not None for key, row in ledger.allocations.items()}
+            ledger.run(*story.batch(ledger.command))
+            for key, row in ledger.allocations.items():
+                seen["months that stopped"] += known.get(key) is True and row.next_at is None
+                seen["months that went on"] += known.get(key) is False and row.next_at is not None
+            parts |= {part.source for row in ledger.purchases.values() for part in row.parts}
+        kinds |= {entry.kind for journal in ledger.entries.values() for entry in journal}
+        for payment in ledger.payments.values():
+            states |= {refund.status for refund in payment.refunds.values()}
+            steps |= {step for one in payment.disputes.values() for step in one.steps}
+        accounts, lots = ledger.accounts.values(), ledger.lot_rows
+        seen["accounts that merged"] += sum(row.merged_into is not None for row in accounts)
+        for row in ledger.purchases.values():
+            lot = lots.get(row.lot_id)
+            seen["lots that were used up before a merge"] += (
+                lot is not None and lot.account_id != row.account_id
+            )
+            seen["changes of plan"] += row.worth is not None
+            seen["changes before their period"] += (
+                row.worth is not None and "+" in row.purchase_key[-4:]
+            )
+        seen["subscriptions"] += len(ledger.subscriptions)
+        seen["several lots of a merge"] += sum(row.position > 0 for row in lots.values())
+
+    assert kinds == set(get_args(Kind))
+    assert parts == {"lot", "expired", "debt"}
+    assert steps == {"inquiry", "opened", "withdrawn", "reinstated", "won", "lost"}
+    assert states == {"pending", "succeeded", "failed"}
+    assert [what for what, count in seen.items() if not count] == []
+
+
+# -- what a load looks at -------------------------------------------------------------------------------------------
+
+
+def named(count: int) -> dict[str, tuple[Any, ...]]:
+    """What a batch asks of each statement when it touches so many of everything."""
+    numbers = [number * 2 + 2 for number in range(count)]
+    accounts = [f"user:u{number}" for number in numbers]
+    payments = [f"pi_{number}" for number in numbers]
+    money = payments + [f"in_{number}" for number in numbers] + [f"ch_{n}" for n in numbers]
+    generations = [f"g{number}" for number in numbers]
+    keys = [f"p{number}" for number in numbers]
+    subscriptions = [f"sub_{number}" for number in numbers]
+    elsewhere = [f"user:u{number - 1}" for number in numbers]
+    now = datetime.now(UTC)
+    return {
+        "find_money": (payments, subscriptions),
+        "lock_payments": (money,),
+        "load_payments": (money,),
+        "find_parties": (accounts, generations, [], money, subscriptions),
+        "lock_accounts": (accounts,),
+        "load_lots": (accounts, []),
+        "load_generations": (generations, accounts, now, []),
+        "load_purchases": (keys, money, subscriptions),
+        "load_allocations": (accounts, subscriptions, money),
+        "load_subscriptions": (subscriptions, accounts),
+        "load_usage": (accounts, now.date(), []),
+        "merge_purchases": (accounts, elsewhere),
+        "merge_allocations": (accounts, elsewhere),
+        "merge_subscriptions": (accounts, elsewhere),
+        "merge_identities": (accounts, elsewhere),
+        "find_due_accounts": (500, []),
+    }
+
+
+async def looked_at_too_much(pool: asyncpg.Pool, name: str) -> list[str]:
+    """Where a statement reads more rows than its batch can have; a row may be looked at for each id that leads to it."""
+    found = []
+    async with pool.acquire() as connection:
+        for count in (1, TOUCHED):
+            transaction = connection.transaction()
+            await transaction.start()
+            read = await rows_read(connection, name, *named(count)[name])
+            await transaction.rollback()
+            found += [
+                f"{name} for {count}: {looked} rows of {where}"
+                for where, looked in read.items()
+                if looked > 8 * count + 20
+            ]
+    return found
+
+
+async def test_a_batch_looks_only_at_what_it_touches(
+    pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """Among thousands of accounts, holds, payments and months each statement reads the rows of its own batch, and few more."""
+    async with crowd(owner, CROWD):
+        found = [await looked_at_too_much(pool, name) for name in named(1)]
+
+    assert [one for several in found for one in several] == []

@@ -10,9 +10,12 @@ import asyncpg
 import pytest
 
 from workers.batch import Ledger
+from workers.ledger.commands import Action, AsOf, RecordSubscription
+from workers.ledger.model import add_months
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 
+from .commands_kit import START, Books, give_back, memory, pay
 from .kit import (
     adjust,
     book,
@@ -157,26 +160,114 @@ async def test_settling_a_hundred_accounts_costs_as_much_as_settling_one(
     assert costs[1] == costs[2]
 
 
-async def test_records_of_no_command_lock_nothing(counted: tuple[Proxy, Ledger]) -> None:
-    """A batch of nothing but dead letters touches no account: it writes them and commits."""
-    proxy, ledger = counted
-    batch = [record("booking.events", b"{", {}) for _ in range(5)]
-    await ledger.apply(batch[:1])
-
-    statements, _ = await cost(proxy, ledger, batch)
-
-    assert not any("accounts" in statement for statement in statements)
+# -- commands that no record makes one by one: money that goes back, merges, old books ------------------------------
 
 
-async def test_the_count_sees_a_statement_for_each_record(counted: tuple[Proxy, Ledger]) -> None:
-    """The proof can fail: records applied one by one send so many times as much, and the proxy sees it."""
-    proxy, ledger = counted
-    await ledger.apply([grant("u0", 10_000), adjust("u0", -1)])
-    await ledger.apply([adjust("u0", -1)])
-    single, _ = await cost(proxy, ledger, [adjust("u0", -1)])
+def sales(units: int, name: str) -> list[Action]:
+    """Packs of so many people, each with some credits more to take from."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            memory.grant(5, to=f"user:{name}{number}"),
+            memory.buy(
+                100,
+                key=f"checkout:{name}{number}",
+                to=f"user:{name}{number}",
+                payment=f"pi_{name}{number}",
+                paid=1000,
+            ),
+            memory.request(4, id=f"g-{name}{number}", by=f"user:{name}{number}"),
+        )
+    ]
 
-    proxy.forget()
-    for _ in range(5):
-        await ledger.apply([adjust("u0", -1)])
 
-    assert len(proxy.statements) == 5 * len(single)
+def refunds(units: int, name: str) -> list[Action]:
+    """Of each pack a refund, a dispute, and news of its charge and invoice."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            give_back(300, of=f"pi_{name}{number}", charge=f"ch_{name}{number}"),
+            memory.dispute(200, of=f"pi_{name}{number}"),
+            pay(f"pi_{name}{number}", f"in_{name}{number}"),
+        )
+    ]
+
+
+def merges(units: int, name: str) -> list[Action]:
+    """Each of them turns out to be somebody else."""
+    return [
+        memory.merge(f"user:{name}{number}", f"user:heir-{name}{number}") for number in range(units)
+    ]
+
+
+def imports(units: int, name: str) -> list[Action]:
+    """Old books of each of them, with a sale that is known already and one that is not."""
+    return [
+        memory.import_books(
+            memory.imported(15),
+            memory.imported(-200),
+            memory.imported(9, key=f"checkout:{name}{number}", payment=f"pi_{name}{number}"),
+            memory.imported(7, key=f"old:{name}{number}", payment=f"pi_old{name}{number}", paid=70),
+            key=f"profiles:{name}{number}",
+            to=f"user:{name}{number}",
+        )
+        for number in range(units)
+    ]
+
+
+def renewals(units: int, name: str) -> list[Action]:
+    """Invoices of a monthly and of a yearly plan, and Stripe's word on the subscription."""
+    return [
+        action
+        for number in range(units)
+        for action in (
+            memory.invoice(
+                memory.line("pro_monthly", START, add_months(START, 1)),
+                to=f"user:{name}{number}",
+                subscription=f"sub_m{name}{number}",
+                id=f"in_m{name}{number}",
+                payment=f"pi_m{name}{number}",
+            ),
+            memory.invoice(
+                memory.line("pro_yearly", START, add_months(START, 12)),
+                to=f"user:{name}{number}",
+                subscription=f"sub_y{name}{number}",
+                id=f"in_y{name}{number}",
+                payment=f"pi_y{name}{number}",
+            ),
+            RecordSubscription(
+                f"user:{name}{number}",
+                f"sub_m{name}{number}",
+                AsOf(START, 0, "evt_1"),
+                "active",
+                "pro_monthly",
+            ),
+        )
+    ]
+
+
+@pytest.mark.parametrize(("batch", "few"), [(refunds, 1), (merges, 3), (imports, 3), (renewals, 1)])
+async def test_three_hundred_of_these_cost_as_much_as_three(
+    database_url: str, batch: Callable[[int, str], list[Action]], few: int
+) -> None:
+    """A hundred times as many refunds, merges, imports or renewals: the same statements, and as many round trips."""
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(database_url, size_max=1, name="tests") as straight,
+        await open_pool(proxy.url, size_max=1, name="tests") as counted_pool,
+    ):
+        costs = []
+        for units, name in ((few, "a"), (few, "b"), (100 * few, "c")):
+            await Books(straight).do(*sales(units, name))
+            proxy.forget()
+            said = await Books(counted_pool).do(*batch(units, name))
+            costs.append((list(proxy.statements), proxy.round_trips))
+
+            assert set(said) == {"applied"}
+
+    first, small, large = costs
+    assert small == large
+    assert len(first[0]) > len(small[0])  # it prepared what the others only used
+    assert 10 < len(small[0]) <= STATEMENTS_MAX

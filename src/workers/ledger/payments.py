@@ -36,7 +36,7 @@ _RANK: dict[RefundStatus, int] = {"pending": 0, "succeeded": 1, "failed": 2}
 def pay_invoice(writer: Writer, action: PayInvoice, transaction: Transaction) -> Outcome:
     """Link a payment to the invoice that it paid; what went back of one went back of the other."""
     payment = _payment(writer, action.payment)
-    link_invoice(payment, action.invoice_id)
+    link_invoice(writer, payment, action.invoice_id)
     follow(writer, payment, transaction)
     return APPLIED
 
@@ -107,11 +107,12 @@ def net_month(writer: Writer, purchase: Purchase, returned: int, transaction: Tr
         _claw(writer, writer.account(purchase.account_id), purchase, missing, transaction)
 
 
-def link_invoice(payment: Payment, invoice_id: str) -> bool:
+def link_invoice(writer: Writer, payment: Payment, invoice_id: str) -> bool:
     """Whether this is news: a payment pays one invoice, and the first that is told stays."""
     if payment.invoice_id is not None:
         return False
     payment.invoice_id, payment.changed = invoice_id, True
+    writer.linked.add_payment(payment)
     return True
 
 
@@ -120,16 +121,15 @@ def follow(writer: Writer, payment: Payment, transaction: Transaction) -> None:
 
     Time settles first, since months that begin are bought by the same money.
     """
-    for purchase in _bought(writer, payment):
+    for purchase in writer.linked.bought(payment):
         writer.account(purchase.account_id)
-    bought = _bought(writer, payment)
+    bought = writer.linked.bought(payment)
     for purchase in bought:
         _move_up(writer, purchase, transaction)
     for purchase in reversed(bought):
         _move_down(writer, purchase, transaction)
-    for allocation in list(writer.state.allocations.values()):
-        if _pays(writer, payment, allocation):
-            follow_with_months(writer, allocation)
+    for allocation in writer.linked.months(payment):
+        follow_with_months(writer, allocation)
 
 
 def follow_with_months(writer: Writer, allocation: Allocation) -> None:
@@ -152,55 +152,20 @@ def _payment(writer: Writer, ids: PaymentIds) -> Payment:
         raise InvariantViolated(f"payment {ids.payment_id} was not loaded and locked")
     if payment.charge_id is None and ids.charge_id not in {None, ids.payment_id}:
         payment.charge_id, payment.changed = ids.charge_id, True
+        writer.linked.add_payment(payment)
     return payment
-
-
-def _pays(writer: Writer, payment: Payment, bought: Purchase | Allocation) -> bool:
-    """Whether a payment paid for something: under its own name, its charge's or its intent's, or through the invoice."""
-    named = [
-        other
-        for other in writer.state.payments.values()
-        if other is payment
-        or other.payment_id == payment.charge_id
-        or other.charge_id == payment.payment_id
-    ]
-    if bought.payment_id is not None and any(
-        bought.payment_id in {one.payment_id, one.charge_id} for one in named
-    ):
-        return True
-    return bought.invoice_id is not None and any(
-        bought.invoice_id == one.invoice_id for one in named
-    )
-
-
-def _bought(writer: Writer, payment: Payment) -> list[Purchase]:
-    """What a payment paid for, in the order in which it was bought."""
-    bought = [
-        purchase
-        for purchase in writer.state.purchases.values()
-        if purchase.lot_id is not None and _pays(writer, payment, purchase)
-    ]
-    return sorted(bought, key=lambda purchase: (purchase.recorded_at, purchase.purchase_key))
 
 
 def _returned(writer: Writer, bought: Purchase | Allocation) -> int:
     """What went back of everything that paid for it. One refund or dispute told under two names counts once; a charge's
     total counts only where no refund of it is known by its id.
     """
-    if bought.payment_id is None and bought.invoice_id is None:
-        return 0
-    payments = [
-        payment
-        for payment in writer.state.payments.values()
-        if (payment.refunds or payment.disputes or payment.refunded)
-        and _pays(writer, payment, bought)
-    ]
     # A payment intent and its charge are two names of one thing; whatever else paid for it is another.
     refunds: dict[tuple[str, str], Refund] = {}
     steps: dict[tuple[str, str], frozenset[DisputeStep]] = {}
     disputed: dict[tuple[str, str], int] = {}
     totals: dict[str, int] = {}
-    for payment in payments:
+    for payment in writer.linked.payers(bought):
         charge = payment.charge_id or payment.payment_id
         totals[charge] = max(totals.get(charge, 0), payment.refunded)
         for refund in payment.refunds.values():
@@ -236,7 +201,7 @@ def _target(purchase: Purchase, returned: int) -> int:
 
 def _move_up(writer: Writer, purchase: Purchase, transaction: Transaction) -> None:
     returned = _returned(writer, purchase)
-    if returned and not purchase.paid:
+    if returned and purchase.credits and not purchase.paid:
         _tell_of_unknown_price(writer, purchase, transaction)
     missing = _target(purchase, returned) - purchase.clawed
     if missing > 0:
@@ -336,7 +301,7 @@ def _tell_of_dispute(
     writer: Writer, payment: Payment, action: DisputePayment, transaction: Transaction
 ) -> None:
     whose = {
-        writer.account(purchase.account_id).account_id for purchase in _bought(writer, payment)
+        writer.account(purchase.account_id).account_id for purchase in writer.linked.bought(payment)
     }
     message = f"payment {payment.payment_id} is disputed: {action.dispute_id}"
     details = {

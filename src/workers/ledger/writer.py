@@ -13,6 +13,7 @@ from uuid import UUID
 
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Pool
+from workers.ledger.linked import Linked
 from workers.ledger.model import (
     Account,
     Alert,
@@ -98,19 +99,30 @@ class Writer:
     entries: list[Entry] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
     merged: dict[str, str] = field(default_factory=dict)
+    linked: Linked = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Link payments to what they bought, once for the batch."""
+        self.linked = Linked.of(self.state)
 
     def account(self, account_id: str) -> Account:
         """The account, settled; its heir if it was merged (R13). Raises InvariantViolated when it was not loaded."""
-        account = self.state.accounts.get(account_id)
-        while account is not None and account.merged_into is not None:
-            account_id = account.merged_into
-            account = self.state.accounts.get(account_id)
+        name = self.heir(account_id)
+        account = self.state.accounts.get(name)
         if account is None:
-            raise InvariantViolated(f"{account_id} was not loaded and locked")
+            raise InvariantViolated(f"{name} was not loaded and locked")
         if not account.settled:
             account.settled = True
             self.settle(self, account)
         return account
+
+    def heir(self, account_id: str) -> str:
+        """The account's name, or that of whom it was merged into, as far as is loaded."""
+        account = self.state.accounts.get(account_id)
+        while account is not None and account.merged_into is not None:
+            account_id = account.merged_into
+            account = self.state.accounts.get(account_id)
+        return account_id
 
     # -- writing ------------------------------------------------------------------------------------------
 
@@ -251,6 +263,7 @@ class Writer:
         expires_at: datetime | None = None,
         subscription_id: str | None = None,
         period_start: datetime | None = None,
+        granted_at: datetime | None = None,
     ) -> Lot:
         """A lot with nothing in it yet: the entry that moves credits into it makes it real."""
         lot = Lot(
@@ -262,7 +275,7 @@ class Writer:
             source_kind=kind,
             source_reference=reference,
             granted_version=account.version + 1,
-            granted_at=max(self.now, account.updated_at or self.now),
+            granted_at=granted_at or max(self.now, account.updated_at or self.now),
             expires_at=expires_at,
             subscription_id=subscription_id,
             period_start=period_start,
@@ -300,6 +313,7 @@ class Writer:
             expires_at=expires_at,
             subscription_id=subscription_id,
             period_start=period_start,
+            granted_at=granted_at,
         )
         self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
         self.expire(account, lot, granted_at or self.now)
@@ -412,6 +426,7 @@ class Writer:
             fresh=True,
         )
         self.state.purchases[key] = purchase
+        self.linked.add_purchase(purchase)
         return purchase
 
     # -- bookkeeping of generations, shared by their decisions and by time -------------------------------------
