@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
+from itertools import count
 from typing import NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -272,7 +273,9 @@ class Ledger:
         """Every account as a decision would find it now, with nothing written back."""
         settle = tuple(self.command(Settle(name)) for name in self.accounts)
         state = self.load(settle)
-        execute_batch(state, settle, now=self.now, catalogue=self.catalogue, ids=ids())
+        # Ids of their own: what is granted here must not take the place of what is stored.
+        others = (UUID(int=number) for number in count(1))
+        execute_batch(state, settle, now=self.now, catalogue=self.catalogue, ids=others)
         return state
 
     def heir(self, name: str) -> str:
