@@ -223,7 +223,7 @@ async def test_a_dead_letter_is_kept_as_it_came(ledger: Ledger, owner: asyncpg.C
 
     assert outcomes(await ledger.apply([odd, tombstone])) == {"dead": 2}
 
-    rows = await owner.fetch("SELECT * FROM dead_letters ORDER BY dead_letter_id")
+    rows = await owner.fetch("SELECT * FROM dead_letters ORDER BY kafka_offset")
     for row, work in zip(rows, (odd, tombstone), strict=True):
         kept = (row["topic"], row["partition"], row["kafka_offset"], row["key"], row["value"])
         assert kept == (

@@ -97,8 +97,9 @@ def _news(writer: Writer, action: StartPeriods) -> list[Period]:
     for _, of_start in groupby(begun, key=lambda period: period.start):
         news += _beginnings(writer, action, list(of_start), bought)
     for period in periods:
-        known = any(period.is_of(purchase) for purchase in bought)
-        if period.prorated and not known and not _was_handled(action, [period], bought):
+        if period.prorated and not _was_handled(action, [period], bought):
+            if any(period.is_of(purchase) for purchase in bought):
+                period.key = f"{period.key}+{action.invoice_id}"  # as of the same moment
             news += _change(period, bought, news)
     # A change of the period before comes before the renewal, which then finds its credits to roll over.
     return sorted(news, key=lambda period: period.start)

@@ -300,6 +300,7 @@ FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[],
             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[])
      AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, reason, detail, source, type,
            command_key)
+ORDER BY topic, partition, kafka_offset, record_hash
 ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING
 RETURNING dead_letter_id, topic, partition, kafka_offset, reason;
 
@@ -327,6 +328,7 @@ FROM unnest($1::text[], $2::int[], $3::bigint[], $4::bytea[], $5::timestamptz[],
             $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[])
      AS n (topic, partition, kafka_offset, record_hash, record_at, key, value, headers, provider, waits_for, detail,
            source, type, command_key)
+ORDER BY topic, partition, kafka_offset, record_hash
 ON CONFLICT (topic, partition, kafka_offset, record_hash) DO NOTHING
 RETURNING topic, partition, kafka_offset, record_hash;
 
