@@ -59,6 +59,8 @@ ACQUIRE_SECONDS = 5.0
 STOPPING = frozenset({"transient", "fatal"})
 # Races lost in a row before an error counts as the record's own: two workers need one, a storm of them a few.
 RACES_MAX = 5
+# Nobody is merged so often in a row.
+CHANGES_MAX = 100
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
 
@@ -222,13 +224,17 @@ class Ledger:
 
     @staticmethod
     async def _loading_anew(attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """Try again at once when somebody was faster: what they committed is loaded now. Bounded."""
-        for _ in range(RACES_MAX):
+        """Try again at once when somebody was faster: what they committed is loaded now. Bounded: a key that is taken again
+        and again may be this record's own fault; owners that change never are, and it ends when the others have merged.
+        """
+        races = 0
+        for _ in range(CHANGES_MAX):
             try:
                 return await attempt()
             except Exception as error:
                 verdict, cause = classify(error)
-                if verdict != "race":
+                races += not isinstance(error, OwnersChanged)
+                if verdict != "race" or races > RACES_MAX:
                     raise
                 telemetry.RETRIES.labels(cause=cause).inc()
         return await attempt()

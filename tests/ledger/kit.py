@@ -316,6 +316,10 @@ class Ledger:
             for row in self.allocations.values()
             if {row.payment_id, row.invoice_id} & money
         }
+        names |= {
+            self.subscriptions[id].account_id
+            for id in reach.subscription_ids & self.subscriptions.keys()
+        }
         for id in reach.generation_ids & self.generations.keys():
             state.generations[id] = _copy(self.generations[id])
             names |= {self.generations[id].account_id} - {None}
@@ -363,7 +367,7 @@ class Ledger:
                         state.allocations[key]
                     )
         for key, row in self.subscriptions.items():
-            if reach.subscription_ids and (
+            if (reach.subscription_ids or reach.merging) and (
                 key in reach.subscription_ids or row.account_id in names
             ):
                 state.subscriptions[key] = _copy(row)

@@ -163,14 +163,16 @@ def test_a_change_raises_its_period_to_the_new_plan(
     assert ledger.kinds(ANN) == ["subscription_grant"] * (1 if credits == 800 else 2)
 
 
-def test_a_lesser_change_moves_nothing() -> None:
-    """It is only remembered, and takes no tier: the subscription's own events tell that."""
+def test_a_lesser_change_is_remembered_and_moves_nothing() -> None:
+    """It may come before dearer ones, and lowers the months to come of a year; no entry, no lot, and once only."""
     ledger = after(invoice(line("plus", NOV, DEC), id="in_1"))
-    before = (ledger.money(ANN), ledger.kinds(ANN), ledger.accounts[ANN].tier)
+    entries = list(ledger.entries[ANN])
 
-    assert ledger.do(replace(raised("pro_monthly"), payment_id=None)) == "applied"
-    assert (ledger.money(ANN), ledger.kinds(ANN), ledger.accounts[ANN].tier) == before
-    assert [row.credits for row in ledger.purchases.values() if row.prorated] == [0]
+    assert ledger.do(raised("pro_monthly")) == "applied"
+    assert ledger.do(raised("pro_monthly")) == "duplicate"
+    bought = ledger.purchases[f"change:sub_1:pro_monthly:{MID.isoformat()}"]
+    assert (bought.credits, bought.worth, bought.lot_id) == (0, 800, None)
+    assert (ledger.entries[ANN], len(ledger.lots(ANN))) == (entries, 1)
 
 
 def test_a_change_grants_a_lot_of_the_same_period() -> None:
@@ -571,9 +573,10 @@ def test_each_years_months_are_raised_by_its_own_changes() -> None:
         ledger = after(*years, raised("plus_yearly", until=YEAR))
 
         assert months(ledger, LATE, DEC) == [2800, 2800]
-        assert sorted(
-            (row.subscription_id, row.credits) for row in ledger.allocations.values()
-        ) == [("sub_1", 800), ("sub_1", 1200), ("sub_2", 800)]
+        running: dict[str, int] = {}
+        for one in ledger.allocations.values():
+            running[one.subscription_id] = running.get(one.subscription_id, 0) + one.credits
+        assert running == {"sub_1": 2000, "sub_2": 800}
 
 
 def test_a_lesser_change_of_a_year_takes_nothing_from_the_month_that_runs() -> None:
@@ -591,12 +594,58 @@ def test_a_change_that_came_before_its_year_raises_the_months_too() -> None:
     assert months(change_first, *moments) == [2000, 2000, 2000, 2000, 0]
 
 
-def test_up_and_down_within_a_year_mints_no_months() -> None:
-    """A plan that is dearer for an hour, charged and given back, is not granted for eleven months."""
-    back = raised("pro_yearly", at=MID + timedelta(hours=1), until=YEAR, id="in_3", paid=0)
-    ledger = after(YEARLY, raised("plus_yearly", until=YEAR), back)
+def year_of(*plans: str) -> list[StartPeriods]:
+    """A year that begins with the first of these plans and changes to the others, an hour each."""
+    begun = invoice(line(plans[0], NOV, YEAR), id="in_1", payment="pi_1", paid=29_000)
+    return [
+        begun,
+        *(
+            raised(plan, at=MID + timedelta(hours=number), until=YEAR, id=f"in_{number + 1}")
+            for number, plan in enumerate(plans[1:], 1)
+        ),
+    ]
 
-    assert months(ledger, DEC, JAN) == [800, 800]
+
+@pytest.mark.parametrize(
+    ("credits", "plans"),
+    [
+        (2000, ["pro_yearly", "plus_yearly"]),
+        (800, ["plus_yearly", "pro_yearly"]),
+        (800, ["pro_yearly", "plus_yearly", "pro_yearly"]),
+        (800, ["plus_yearly", "pro_yearly", "pro_yearly"]),
+        (0, ["plus_yearly", "at_once_yearly"]),
+        (2000, ["plus_yearly", "pro_yearly", "plus_yearly"]),
+        (2000, ["pro_yearly", "plus_yearly", "pro_yearly", "plus_yearly"]),
+    ],
+)  # fmt: skip
+def test_the_months_to_come_are_those_of_the_latest_plan(credits: int, plans: list[str]) -> None:
+    """A plan that is dearer for an hour mints no months, and one that is dearer in the end brings its own."""
+    ledger = after(*year_of(*plans))
+    ledger.now = DEC
+    ledger.settle()
+
+    of_months = [lot.remaining for lot in ledger.lots(ANN) if lot.source_kind == "session_earning"]
+    assert sum(of_months) == credits
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [["plus_yearly", "pro_yearly"], ["pro_yearly", "plus_yearly", "pro_yearly"]],
+    ids=["down", "up and down"],
+)
+def test_the_months_to_come_do_not_depend_on_the_order_of_the_invoices(plans: list[str]) -> None:
+    """Whichever of a year's invoices comes first, its months are those of the latest plan: none is minted."""
+    found = [months(after(*order), DEC, JAN) for order in itertools.permutations(year_of(*plans))]
+
+    assert found == [[800, 800]] * len(found)
+
+
+def test_the_tier_that_invoices_tell_does_not_depend_on_their_order() -> None:
+    """Where Stripe says nothing of the subscription itself, its plan is that of the latest period."""
+    events = [FIRST, raised("plus"), raised("pro_monthly", at=LATE, id="in_3")]
+    orders = itertools.permutations(events)
+
+    assert {after(*order).accounts[ANN].tier for order in orders} == {"pro"}
 
 
 def test_months_are_not_raised_by_a_change_whose_money_went_back() -> None:
@@ -614,6 +663,73 @@ def test_a_year_that_is_granted_at_once_has_no_months_beside_it() -> None:
     months(ledger, DEC, JAN)
 
     assert sum(max(0, entry.subscription_delta) for entry in ledger.entries[ANN]) == granted
+
+
+# -- all of it together -------------------------------------------------------------------------------------------------
+
+
+def any_event(dice: random.Random, number: int) -> Action:
+    """An invoice, a change, a refund, a word on a subscription, a link of a payment or a merge, of one year or month."""
+    who, year = dice.choice([ANN, BOB]), number % 2 == 0
+    plans = (
+        ["pro_yearly", "plus_yearly", "at_once_yearly"]
+        if year
+        else ["pro_monthly", "plus", "rolls", "trial"]
+    )
+    plan, end, payment = dice.choice(plans), YEAR if year else DEC, f"pi_{dice.randint(2, 9)}"
+    invoice_id, seats, subscription = (
+        f"in_{number + 2}",
+        dice.randint(1, 2),
+        dice.choice(["sub_1", "sub_2"]),
+    )
+    chance = dice.random()
+    if chance < 0.3:
+        bought = line(plan, NOV, end, quantity=seats, trial=dice.random() < 0.2)
+        return invoice(
+            bought, to=who, id=invoice_id, payment=dice.choice([None, payment]), paid=1000
+        )
+    if chance < 0.6:
+        at = MID + timedelta(hours=number)
+        return raised(plan, at=at, until=end, quantity=seats, id=invoice_id, paid=1000, to=who)
+    if chance < 0.75:
+        status = dice.choice(["pending", "succeeded", "failed"])
+        return RefundPayment(PaymentIds(payment), f"re_{seats}", dice.choice([300, 1000]), status)
+    if chance < 0.9:
+        status = dice.choice(["active", "canceled", "incomplete", "past_due"])
+        return told_of(
+            status, rank=seats, event=f"evt_{number}", plan=plan, of=who, id=subscription
+        )
+    if chance < 0.95:
+        return PayInvoice(PaymentIds(payment), f"in_{dice.randint(2, 9)}")
+    return MergeAccounts(BOB, ANN)
+
+
+def test_a_batch_of_any_of_these_may_be_split_anywhere() -> None:
+    """Invoices, changes, refunds, words on subscriptions and merges: one batch or several, the same rows."""
+    for seed in range(400):
+        dice = random.Random(seed)
+        events = [any_event(dice, number) for number in range(dice.randint(2, 9))]
+        now, cut = dice.choice([LATE, day(1, 15, 2027)]), dice.randint(0, 9)
+        found = []
+        for parts in ([[one] for one in range(9)], [range(9)], [range(cut), range(cut, 9)]):
+            ledger = Ledger(catalogue=CATALOGUE)
+            ledger.now = now
+            commands = dict(enumerate(ledger.command(event) for event in events))
+            for part in parts:
+                ledger.run(*(commands[number] for number in part if number in commands))
+            found.append(ledger.content())
+
+        assert found == [found[0]] * 3, f"seed {seed}"
+
+
+def test_months_of_nothing_are_not_planned() -> None:
+    """A period that was granted enough already brings no months: the database refuses those of no credits."""
+    trial = invoice(line("at_once_yearly", NOV, YEAR, trial=True), id="in_1")
+    yearly = invoice(line("pro_yearly", NOV, YEAR), id="in_3")
+    ledger = after(trial, raised("pro_yearly", until=YEAR), yearly)
+
+    assert ledger.money(ANN) == Money(subscription=800)
+    assert [one.credits for one in ledger.allocations.values()] == [800]
 
 
 # -- periods that an old system sold ------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def pending(amount: int = 1000, id: str = "re_1") -> RefundPayment:
         (50, "one that was pending", [pending(500), refunded(500)]),
         (0, "one that failed at once", [failed(500)]),
         (20, "one of two failed", [refunded(500), refunded(200, "re_2"), failed(500)]),
+        (70, "one whose amount was mended", [pending(300), refunded(700)]),
         (0, "one of another payment", [refunded(500, of="pi_2")]),
         (40, "the charge's total alone", [charge_refunded(400)]),
         (70, "the charge's total grows", [charge_refunded(400), charge_refunded(700)]),
@@ -137,6 +138,7 @@ def pending(amount: int = 1000, id: str = "re_1") -> RefundPayment:
         (30, "a total overtaken by a refund", [charge_refunded(400), refunded(300)]),
         (30, "a total after its refund", [refunded(300), charge_refunded(400)]),
         (0, "a total whose refund failed", [charge_refunded(400), failed(400)]),
+        (60, "a dispute whose amount was mended", [dispute(300), dispute(600)]),
         (0, "an inquiry", [dispute(1000, "inquiry")]),
         (0, "a dispute's opening", [dispute(1000, "opened")]),
         (0, "an inquiry that is won", [dispute(1000, "inquiry"), dispute(1000, "won")]),
@@ -183,6 +185,7 @@ def test_a_refunds_states_only_go_up(told: tuple[Action, ...]) -> None:
         (0, ["opened", "withdrawn", "won"]),
         (0, ["opened", "withdrawn", "reinstated", "won"]),
         (0, ["inquiry", "opened", "reinstated"]),
+        (100, ["withdrawn", "won", "lost"]),
     ],
 )
 def test_a_disputes_steps_count_in_any_order(expected: int, steps: list[str]) -> None:
@@ -529,6 +532,15 @@ def test_where_credits_come_back_to(expected: Taken, what: str, steps: list[Step
     assert taken._replace(lots=sorted(taken.lots)) == expected._replace(lots=sorted(expected.lots))
 
 
+def test_a_debt_that_grew_twice_and_was_paid_in_part_is_forgiven_once() -> None:
+    """Two parts that were owed come back at once: what is still owed is forgiven, and what was paid comes anew."""
+    ledger = played(buy(), complete(100), pending(500), refunded(1000), grant(40))
+    assert (parts(ledger), ledger.money(ANN)) == ([("debt", 50), ("debt", 50)], Money(debt=60))
+    play(ledger, failed(1000))
+
+    assert ledger.money(ANN) == Money(purchased=40)
+
+
 def test_a_lot_is_restored_exactly() -> None:
     """The very lot comes back, with its end, and nothing of it counts as clawed any more."""
     ledger = played(buy(days=30), grant(7), complete(3))
@@ -845,6 +857,28 @@ def test_two_payments_that_bought_packs_are_each_their_own() -> None:
     assert [lot.source_reference for lot in ledger.lots(ANN) if lot.clawed] == ["checkout:cs_2"]
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one batch"])
+def test_the_order_in_which_purchases_are_loaded_decides_nothing(together: bool) -> None:
+    """What one payment bought is clawed in the order in which it was bought, and by its key what was bought at once."""
+    ledger = Ledger()
+    packs = (buy(60, key="checkout:2"), buy(100, key="checkout:1"))
+    if together:
+        ledger.run(*(ledger.command(pack) for pack in reversed(packs)))
+    else:
+        for pack in packs:
+            ledger.given(pack)
+            ledger.wait(hours=1)
+    ledger.given(complete(130))
+    ledger.purchases = dict(reversed(ledger.purchases.items()))
+    ledger.given(refunded(500))
+
+    assert (parts(ledger, "checkout:1"), parts(ledger, "checkout:2")) == (
+        ([("lot", 30), ("debt", 20)], [("debt", 30)])
+        if together
+        else ([("debt", 50)], [("lot", 30)])
+    )
+
+
 def test_one_payment_may_have_bought_for_two_people() -> None:
     """What goes back of a payment is clawed from everybody whom it bought something."""
     ledger = played(buy(100), buy(50, key="checkout:cs_2", to=BOB), refunded(500))
@@ -925,6 +959,7 @@ def test_a_purchase_may_be_known_by_its_charge_alone(back: Action) -> None:
             "a charge's total, and the refund that it counts",
             [RefundCharge(CHARGE, 500), RefundPayment(BOTH, "re_1", 500, "succeeded")],
         ),
+        ("a charge's total under two names", [RefundCharge(CHARGE, 500), RefundCharge(BOTH, 500)]),
     ],
 )
 def test_one_refund_counts_once_under_whatever_name(what: str, told: list[Action]) -> None:
@@ -932,6 +967,35 @@ def test_one_refund_counts_once_under_whatever_name(what: str, told: list[Action
     ledger = played(buy(), *told)
 
     assert clawed(ledger) == 50
+
+
+@pytest.mark.parametrize(("first", "then"), [(CHARGE, BOTH), (BOTH, CHARGE)])
+def test_all_that_was_told_under_either_name_counts(first: PaymentIds, then: PaymentIds) -> None:
+    """A refund failed and a dispute was won, whichever of the two names the event that says so has used."""
+    refund = [
+        RefundPayment(first, "re_1", 500, "failed"),
+        RefundPayment(then, "re_1", 500, "succeeded"),
+    ]
+    lawsuit = [
+        DisputePayment(first, "dp_1", 300, "won"),
+        DisputePayment(then, "dp_1", 300, "withdrawn"),
+    ]
+
+    assert clawed(played(buy(), *refund)) == 0
+    assert clawed(played(buy(), *lawsuit)) == 0
+
+
+def test_an_intent_leads_to_its_charges_invoice() -> None:
+    """A refund that names both finds the invoice that the charge alone was said to have paid."""
+    ledger = Ledger(now=NOV)
+    play(
+        ledger,
+        november(),
+        PayInvoice(CHARGE, "in_1"),
+        RefundPayment(BOTH, "re_1", 500, "succeeded"),
+    )
+
+    assert clawed(ledger, PERIOD) == 200
 
 
 def test_a_charge_leads_to_its_intents_invoice() -> None:

@@ -194,3 +194,13 @@ def test_an_account_never_registered_is_free() -> None:
     ledger.given(grant(10), *(request(1, id=id) for id in ("g1", "g2", "g3")))
 
     assert ledger.do(request(1, id="g4")) == "daily_limit"
+
+
+def test_what_was_generated_without_a_limit_uses_none_up() -> None:
+    """Who falls back to the free tier has that tier's generations for the rest of the day."""
+    ledger = Ledger()
+    ledger.given(register(tier="pro"), grant(50), *(request(1, id=f"g{n}") for n in range(5)))
+    ledger.given(register(tier="free"))
+
+    said = [ledger.do(request(1, id=f"free{number}")) for number in range(4)]
+    assert said == ["applied"] * 3 + ["daily_limit"]

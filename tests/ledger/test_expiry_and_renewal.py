@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from workers.ledger.commands import Action, PeriodLine, Settle
+from workers.ledger.commands import Action, AsOf, PeriodLine, RecordSubscription, Settle
 from workers.ledger.model import add_months
 
 from .kit import (
@@ -533,3 +533,33 @@ def test_a_monthly_allocation_expires_at_the_next(
 def test_months_are_counted_from_the_anchor(expected: datetime, months: int) -> None:
     """Clamping never accumulates: after a short month the anchor's day comes back."""
     assert add_months(day(1, 31, 2027), months) == expected
+
+
+# -- what is said of a subscription -----------------------------------------------------------------------
+
+
+def said(of: str, *, id: str = "sub_1", plan: str = "pro_monthly", hour: int = 1) -> Action:
+    """A live subscription, as of an hour of the first day."""
+    as_of = AsOf(NOV + timedelta(hours=hour), 1, f"evt_{hour}")
+    return RecordSubscription(of, id, as_of, "active", plan)
+
+
+def test_a_subscription_stays_whose_it_is() -> None:
+    """A later word that names somebody else is about the same person's subscription."""
+    ledger = Ledger()
+    ledger.given(said(ANN), said(BOB, plan="with_trial", hour=2))
+
+    assert ledger.subscriptions["sub_1"].account_id == ANN
+    assert ledger.accounts[ANN].tier == "pro_plus"
+    assert BOB not in ledger.accounts
+
+
+def test_the_subscriptions_of_a_batch_count_for_their_own_accounts() -> None:
+    """A plan of more credits of somebody else, loaded by the same batch, lends its tier to nobody."""
+    ledger = Ledger()
+    ledger.run(ledger.command(said(ANN)), ledger.command(said(BOB, id="sub_2", plan="with_trial")))
+
+    assert {name: row.tier for name, row in ledger.accounts.items()} == {
+        ANN: "pro",
+        BOB: "pro_plus",
+    }

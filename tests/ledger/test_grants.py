@@ -122,6 +122,15 @@ def test_a_pack_is_granted_once_for_its_purchase() -> None:
     assert ledger.kinds(ANN) == ["purchase", "purchase"]
 
 
+def test_a_pack_without_a_payment_is_granted_once_too() -> None:
+    """The purchase alone is the business key: no payment need be known to find it again."""
+    ledger = Ledger()
+    ledger.given(buy(100, payment=None, paid=None))
+
+    assert ledger.do(buy(100, payment=None, paid=None)) == "duplicate"
+    assert ledger.money(ANN) == Money(purchased=100)
+
+
 def test_a_purchase_remembers_its_payment() -> None:
     """What a refund needs: payment, price, credits, lot; and the entry names the business ids."""
     ledger = Ledger()
@@ -280,6 +289,25 @@ def test_a_closed_account_takes_part_in_nothing(action: Action) -> None:
     assert (refused.reason, refused.account) == ("account_closed", ANN)
     assert ledger.money(ANN) == Money(purchased=10)
     assert ledger.generations == ledger.bookings == ledger.purchases == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "paid"),
+    [
+        (["manual_fix_required"], buy(1)),
+        (["manual_fix_required"], invoice(line("pro_monthly", *MONTH))),
+        ([], grant(1)),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_a_refused_grant_that_was_paid_for_needs_a_person(told: list[str], paid: Action) -> None:
+    """R11: somebody paid and gets nothing, which is never only a refusal."""
+    ledger = Ledger()
+    ledger.given(grant(10))
+    ledger.accounts[ANN].state = "closed"
+
+    assert ledger.do(paid) == "account_closed"
+    assert ledger.alerted() == told
 
 
 def test_time_passes_on_a_closed_account_too() -> None:

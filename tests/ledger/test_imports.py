@@ -252,6 +252,16 @@ def test_a_source_row_of_a_merged_account_is_known() -> None:
     assert (ledger.money(ANN), ledger.money(BOB)) == (Money(purchased=22), Money())
 
 
+def test_a_source_row_is_remembered_with_what_it_came_to() -> None:
+    """What came in less what went out, and nothing where more went out."""
+    ledger = after(
+        import_books(row(15), row(-5, "adjustment")),
+        import_books(row(-20, "adjustment"), key="profiles:2"),
+    )
+
+    assert [ledger.purchases[key].credits for key in ("profiles:1", "profiles:2")] == [10, 0]
+
+
 def test_a_row_without_credits_is_remembered_too() -> None:
     """An empty account of the old system makes no entry, and its second import is a duplicate."""
     ledger = after(import_books())
@@ -291,6 +301,13 @@ def test_nobody_can_be_imported_beyond_what_anybody_may_hold() -> None:
         ("imported, then told by Stripe", [import_books(sale(), row(7)), buy()]),
         ("imported from two systems", [import_books(sale()), import_books(sale(), row(7), key="points:1")]),
         ("twice in one import", [import_books(sale(), row(7), sale())]),
+        (
+            "imported twice, and no book knew its payment",
+            [
+                import_books(replace(sale(), payment_id=None)),
+                import_books(replace(sale(), payment_id=None), row(7), key="points:1"),
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_a_sale_is_granted_once(what: str, actions: list[Action]) -> None:
@@ -363,12 +380,15 @@ def test_a_sale_of_nothing_is_known_afterwards() -> None:
         ("a first month", "allocation:sub_1:2026-11-01T00:00:00+00:00:0", "pro_yearly"),
     ],
 )
-def test_an_imported_period_is_not_granted_again(what: str, key: str, plan: str) -> None:
+@pytest.mark.parametrize("payment", ["pi_1", None])
+def test_an_imported_period_is_not_granted_again(
+    what: str, key: str, plan: str, payment: str | None
+) -> None:
     """R8b: repairs and imports use the business key of the period, so that its late invoice grants nothing."""
     ledger = Ledger()
-    period = imported(800, pool="subscription", expires_at=DEC, key=key, payment="pi_1", paid=2000)
+    period = imported(800, pool="subscription", expires_at=DEC, key=key, payment=payment, paid=2000)
     ledger.given(import_books(replace(period, kind="subscription_grant")))
-    late = invoice(line(plan, NOV, DEC), payment="pi_1")
+    late = invoice(line(plan, NOV, DEC), payment=payment)
 
     assert ledger.do(late) in {"applied", "duplicate"}
     assert ledger.money(ANN) == Money(subscription=800)

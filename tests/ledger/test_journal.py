@@ -17,6 +17,7 @@ from .kit import (
     START,
     Ledger,
     book,
+    buy,
     cancel,
     complete,
     fail,
@@ -142,6 +143,17 @@ def test_the_events_own_time_decides_nothing() -> None:
         then = START.replace(year=START.year + years)
         assert ledger.do(complete(1, id=f"g{years}"), occurred_at=then) == "applied"
         assert (ledger.last(ANN).occurred_at, ledger.last(ANN).recorded_at) == (then, START)
+
+
+def test_what_ends_is_counted_from_the_decision() -> None:
+    """A hold and a pack of an event that was a day on its way last as long as those of one that came at once."""
+    ledger = Ledger()
+    yesterday = START - timedelta(days=1)
+    assert ledger.do(buy(10, days=1), occurred_at=yesterday) == "applied"
+    assert ledger.do(request(5, hold_seconds=60), occurred_at=yesterday) == "applied"
+
+    assert ledger.lots(ANN)[0].expires_at == START + timedelta(days=1)
+    assert ledger.generations["g1"].deadline_at == START + timedelta(seconds=60)
 
 
 # -- the chain --------------------------------------------------------------------------------------------

@@ -175,6 +175,23 @@ def test_a_month_is_granted_at_its_instant_and_not_before() -> None:
     assert (lot.pool, lot.expires_at, lot.subscription_id) == ("subscription", JAN, "sub_1")
 
 
+def test_a_month_ends_where_the_next_one_begins() -> None:
+    """Also after a month that is shorter than the anchor's day: its end too is counted from the anchor."""
+    ledger = at(day(1, 31), year(day(1, 31)))
+    tick(ledger, day(3, 31))
+
+    assert [
+        (purchase.period_start, purchase.period_end)
+        for purchase in ledger.purchases.values()
+        if purchase.month
+    ] == [(day(2, 28), day(3, 31)), (day(3, 31), day(4, 30))]
+    assert sorted(lot.expires_at for lot in ledger.lot_rows.values()) == [
+        day(2, 28),
+        day(3, 31),
+        day(4, 30),
+    ]
+
+
 def test_a_month_is_a_purchase_of_its_own() -> None:
     """Its key names subscription, start and number; it knows the invoice and what was paid, so that a refund finds it."""
     ledger = at(NOV, year())
@@ -306,6 +323,19 @@ def test_a_month_that_was_missed_pays_a_debt_before_it_expires(
 
     assert ledger.money(ANN) == expected
     prove(ledger)
+
+
+def test_at_one_instant_a_hold_ends_before_a_month_begins() -> None:
+    """What a hold that lapses sets free pays the debt, and the month that begins at that very instant stays whole."""
+    ledger = at(NOV, year())
+    ledger.now = DEC - timedelta(days=1)
+    ledger.given(complete(800, id="done"), buy(100, payment="pi_2", paid=100))
+    ledger.given(request(100, hold_seconds=86_400), give_money_back(100, of="pi_2"))
+    assert ledger.money(ANN) == Money(purchased=100, held=100, debt=100)
+    ledger.now = DEC
+    ledger.settle()
+
+    assert ledger.money(ANN) == Money(subscription=800)
 
 
 def test_any_number_of_settlings_is_one() -> None:
@@ -635,6 +665,17 @@ def test_a_later_period_of_the_subscription_ends_the_months() -> None:
     tick(ledger, DEC)
 
     assert ledger.money(ANN) == Money(subscription=800)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in order", "the year last"])
+def test_a_year_has_no_months_beside_a_later_period(late: bool) -> None:
+    """An invoice for a year that comes after that of a later period plans no month that the later one has replaced."""
+    monthly = invoice(line("pro_monthly", day(11, 15), day(12, 15)), id="in_2", payment="pi_2")
+    ledger = at(day(11, 15), *([monthly, year()] if late else [year(), monthly]))
+    tick(ledger, DEC)
+
+    assert months(ledger) == []
+    assert ledger.accounts[ANN].allocate_at is None
 
 
 # -- merges -----------------------------------------------------------------------------------------------

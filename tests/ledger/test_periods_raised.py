@@ -190,6 +190,14 @@ def test_two_subscriptions_do_not_share_a_period() -> None:
     assert granted(ledger) == [300, 300]
 
 
+def test_an_invoice_may_tell_of_another_period_later() -> None:
+    """The key is the period's: what one event of an invoice left out, another of its events may still start."""
+    ledger = november(billed(1, of("small")))
+
+    assert ledger.do(billed(1, of("small"), of("middle", start=DEC))) == "applied"
+    assert granted(ledger) == [100, 300]
+
+
 def test_lines_of_two_periods_are_each_their_own() -> None:
     """One invoice may close a period and open the next: each line counts against its own period."""
     ledger = november(billed(1, of("small")))

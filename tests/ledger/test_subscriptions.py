@@ -325,9 +325,6 @@ def test_a_change_to_an_unknown_plan_ends_the_same_in_any_order() -> None:
     assert len({tier(told(*order)) for order in orders(events)}) == 1
 
 
-@pytest.mark.xfail(
-    reason="a merge keeps the target's tier unless it is free, and does not look at the subscriptions that it moves"
-)
 def test_it_does_not_matter_when_two_subscribers_turn_out_to_be_one() -> None:
     """The best live plan of both is the heir's, whether the merge is told before, between or after."""
     events = [PRO, told_of(id="sub_2", of=BOB, plan="plus"), MergeAccounts(BOB, ANN)]

@@ -218,10 +218,6 @@ async def test_links_at_once_with_the_merge_of_their_owner_are_the_heirs(
     assert await left(owner) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="batch.py: a record that lost six races is given up as a dead letter, though the fault is never its own",
-)
 async def test_a_record_is_not_given_up_for_the_merges_of_others(
     books: Books, owner: asyncpg.Connection, database_url: str
 ) -> None:

@@ -3,6 +3,7 @@
 from workers.ledger.commands import Link, MergeAccounts
 from workers.ledger.model import Account, Alert
 from workers.ledger.outcomes import APPLIED, Outcome, Rejected
+from workers.ledger.subscriptions import NO_SUBSCRIPTION, tier_of
 from workers.ledger.writer import Move, Transaction, Writer
 
 
@@ -77,7 +78,7 @@ def _forward(writer: Writer, source: Account, target: Account) -> None:
 
 
 def _hand_over(writer: Writer, source: Account, target: Account) -> None:
-    """What else is the source's: holds, the day's counts, months to come, and what it was."""
+    """What else is the source's: holds, the day's counts, subscriptions, months to come."""
     for generation in writer.state.generations.values():
         if generation.state == "held" and generation.account_id == source.account_id:
             generation.account_id, generation.changed = target.account_id, True
@@ -96,7 +97,15 @@ def _hand_over(writer: Writer, source: Account, target: Account) -> None:
     source.allocations = []
     source.plan_months()
     target.plan_months()
-    if target.tier == "free":
+    _take_over(writer, source, target)
+
+
+def _take_over(writer: Writer, source: Account, target: Account) -> None:
+    """What the source was: its tier where the target has none of its own, its time zone, when it signed up."""
+    live = tier_of(writer, target)
+    if live is not None:
+        target.tier = live
+    elif target.tier == NO_SUBSCRIPTION:
         target.tier = source.tier
     if target.time_zone is None:
         target.time_zone, target.zone = source.time_zone, source.zone

@@ -214,7 +214,7 @@ def _start(
         carried = _close_earlier_periods(
             writer, account, action.subscription_id, period, transaction
         )
-    if period.end > writer.now and (period.credits > 0 or not period.prorated):
+    if period.end > writer.now:
         running = (period.start, period.end)
         follow_invoice(writer, account, action.subscription_id, period.plan_name, running)
     kind: Kind = "session_earning" if period.monthly else "subscription_grant"
@@ -250,15 +250,27 @@ def _start(
         paid=period.paid,
     )
     payments.net(writer, purchase, transaction)
-    if period.prorated and _is_latest_change(writer, action.subscription_id, period):
-        _lower_months(account, action.subscription_id, period)
-    if period.monthly and period.worth > 0 and (period.credits > 0 or not period.prorated):
-        _allocate(writer, account, action.subscription_id, period)
+    if not period.prorated:
+        if period.monthly:
+            raised = _months_of(writer, action.subscription_id, period)
+            _allocate(writer, account, action.subscription_id, period, raised)
+    elif _is_latest_change(writer, action.subscription_id, period):
+        _change_months(writer, account, action.subscription_id, period)
 
 
-def _allocate(writer: Writer, account: Account, subscription_id: str, period: Period) -> None:
+def _allocate(
+    writer: Writer,
+    account: Account,
+    subscription_id: str,
+    period: Period,
+    raised: Allocation | None,
+    credits: int | None = None,
+) -> None:
     """Plan the months to come. A raise has months of its own, beside those that it raises: each follows its own money."""
-    raised = _months_of(writer, subscription_id, period)
+    if credits is None:
+        credits = period.credits if raised else _left_by_changes(writer, subscription_id, period)
+    if credits <= 0:
+        return
     later = [
         purchase.period_start
         for purchase in writer.state.purchases.values()
@@ -275,7 +287,7 @@ def _allocate(writer: Writer, account: Account, subscription_id: str, period: Pe
         period_end=min([period.end, *later]),
         account_id=account.account_id,
         plan=period.plan_name,
-        credits=period.credits if raised else period.worth,
+        credits=credits,
         next_month=raised.next_month if raised else 1,
         next_at=None,
         invoice_id=period.invoice_id,
@@ -289,6 +301,24 @@ def _allocate(writer: Writer, account: Account, subscription_id: str, period: Pe
     payments.follow_with_months(writer, allocation)
 
 
+def _left_by_changes(writer: Writer, subscription_id: str, period: Period) -> int:
+    """What a year grants each month where a change of it was told before it: never more than the latest plan."""
+    changes = [
+        purchase
+        for purchase in writer.state.purchases.values()
+        if purchase.subscription_id == subscription_id
+        and purchase.prorated
+        and purchase.period_end == period.end
+        and purchase.period_start is not None
+    ]
+    if not changes:
+        return period.worth
+    latest = max(changes, key=lambda purchase: (purchase.period_start, purchase.purchase_key))
+    plan = writer.catalogue.plans.get(latest.plan or "")
+    monthly = plan is not None and plan.allocation == "monthly"
+    return min(period.worth, latest.worth or 0) if monthly else 0
+
+
 def _is_latest_change(writer: Writer, subscription_id: str, period: Period) -> bool:
     return not any(
         purchase.prorated
@@ -300,15 +330,18 @@ def _is_latest_change(writer: Writer, subscription_id: str, period: Period) -> b
     )
 
 
-def _lower_months(account: Account, subscription_id: str, period: Period) -> None:
+def _change_months(writer: Writer, account: Account, subscription_id: str, period: Period) -> None:
     """What was granted stays; the months to come are those of the latest plan, or it would pay to be dear for an hour."""
     running = [
         one
         for one in account.allocations
         if one.subscription_id == subscription_id and one.period_end == period.end
     ]
-    wanted = period.worth - period.credits if period.monthly else 0
+    if not running:
+        return
+    wanted = period.worth if period.monthly else 0
     excess = sum(one.credits for one in running) - wanted
+    _allocate(writer, account, subscription_id, period, running[0], -excess)
     for allocation in sorted(running, key=lambda one: (one.anchor_at, one.allocation_key))[::-1]:
         cut = min(allocation.credits, max(0, excess))
         excess -= cut
@@ -349,6 +382,7 @@ def _end_earlier_months(
         if (
             lot.subscription_id == subscription_id
             and lot.clawed > 0
+            and writer.heir(lot.account_id) == account.account_id
             and lot.period_start is not None
             and lot.period_start < period.start
         ):

@@ -43,7 +43,7 @@ def record_subscription(
         metadata=action.metadata,
         changed=True,
     )
-    tier = _tier(writer, account)
+    tier = tier_of(writer, account)
     lost_its_plan = known is not None and known.plan is not None and action.plan is None
     if tier is None and (action.status in ENDED or lost_its_plan):
         tier = NO_SUBSCRIPTION
@@ -70,12 +70,13 @@ def follow_invoice(
             status="active",
             recorded_at=writer.now,
         )
-    if known.as_of == BEFORE_ALL:
+    latest = known.period_start is None or period[0] >= known.period_start
+    if known.as_of == BEFORE_ALL and latest:
         known.plan, known.changed = plan, True
         known.period_start, known.period_end = period
     elif known.status == UNPAID_YET:
         known.status, known.changed = "active", True
-    _set_tier(account, _tier(writer, account))
+    _set_tier(account, tier_of(writer, account))
 
 
 def _set_tier(account: Account, tier: str | None) -> None:
@@ -83,7 +84,7 @@ def _set_tier(account: Account, tier: str | None) -> None:
         account.tier, account.changed = tier, True
 
 
-def _tier(writer: Writer, account: Account) -> str | None:
+def tier_of(writer: Writer, account: Account) -> str | None:
     """The tier of the account's live subscriptions; of several, that of the plan with the most credits."""
     catalogue: Catalogue = writer.catalogue
     plans = [

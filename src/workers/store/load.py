@@ -80,6 +80,7 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     if money:
         await _load_payments(connection, state, money)
     await _load_purchases(connection, state, reach, money)
+    _refuse_unlocked_changes(state, money)
     await _load_lots(connection, state, locked)
     await _load_allocations(connection, state, reach, money)
     await _load_subscriptions(connection, state, reach, locked)
@@ -103,6 +104,16 @@ async def _lock_money(connection: Connection, reach: Reach) -> list[str]:
     if len(await connection.fetch(SQL["find_money"], *named)) != len(money):
         raise OwnersChanged
     return money
+
+
+def _refuse_unlocked_changes(state: Snapshot, money: Collection[str]) -> None:
+    """A change of plan that came while we waited brings money of its own, which its period's invoice must net."""
+    for purchase in state.purchases.values():
+        if purchase.worth is not None and not {purchase.payment_id, purchase.invoice_id} <= {
+            *money,
+            None,
+        }:
+            raise OwnersChanged
 
 
 def _heir(state: Snapshot, account_id: str) -> Account:
@@ -253,7 +264,7 @@ async def _load_allocations(
 async def _load_subscriptions(
     connection: Connection, state: Snapshot, reach: Reach, locked: list[str]
 ) -> None:
-    if not reach.subscription_ids:
+    if not reach.subscription_ids and not reach.merging:
         return
     for row in await connection.fetch(
         SQL["load_subscriptions"], list(reach.subscription_ids), locked
