@@ -244,6 +244,67 @@ async def test_closed_sets_are_the_same_in_the_ledger_and_the_database(
         assert await broken(books, table, where, {**keys[table], column: value}) is None
 
 
+# -- what a role may write must still add up -----------------------------------------------------------------------
+
+# A copy of a good entry with something wrong.
+FORGED = (
+    "INSERT INTO entries SELECT (jsonb_populate_record(e, '{{{}}}')).* FROM entries e WHERE "
+    + FIRST
+)
+# Statement → the constraint that says no. Both roles have the right to each of them, and nothing else stands in the way.
+SPOILS = {
+    f"UPDATE accounts SET subscription = -1, purchased = purchased + 10 WHERE {ANN}": "credits_held_or_owned_check",
+    f"UPDATE accounts SET purchased = purchased - 1000000 WHERE {ANN}": "credits_held_or_owned_check",
+    f"UPDATE accounts SET held = -1 WHERE {ANN}": "credits_held_or_owned_check",
+    f"UPDATE accounts SET debt = -1 WHERE {ANN}": "credits_held_or_owned_check",
+    f"UPDATE accounts SET held = subscription + purchased + 1 WHERE {ANN}": "held_is_owned",
+    f"UPDATE accounts SET debt = 1 WHERE {ANN} AND held < subscription + purchased": "debt_takes_unheld_credits_first",
+    "UPDATE accounts SET purchased = purchased + 1 WHERE debt > 0": "debt_takes_unheld_credits_first",
+    "UPDATE lots SET remaining = remaining - granted - 1 WHERE open": "credits_held_or_owned_check",
+    "UPDATE lots SET remaining = held - 1 WHERE held > 1": "held_remains",
+    "UPDATE lots SET held = remaining + 1 WHERE open": "held_remains",
+    "UPDATE lots SET remaining = granted + 1 WHERE open": "remainder_was_granted",
+    "UPDATE lots SET remaining = 0 WHERE open AND held = 0": "open_until_used_up",
+    "UPDATE generations SET given_back = taken + 1": "at_most_what_was_taken_comes_back",
+    "UPDATE generations SET state = 'completed' WHERE state = 'held'": "a_hold_has_credits_and_deadline",
+    "UPDATE bookings SET given_back = credits + 1": "at_most_the_price_comes_back",
+    "UPDATE purchases SET clawed = credits + 1": "at_most_what_was_bought_is_clawed",
+    "UPDATE usage_days SET generations = -1": "usage_days_generations_check",
+    FORGED.format(""): "entries_pkey",
+    FORGED.format('"version": 99, "kind": "gift"'): "entries_kind_check",
+    FORGED.format('"version": 0'): "entries_version_check",
+    FORGED.format('"version": 99, "balance_before": 1'): "before_and_after_add_up",
+    FORGED.format('"version": 99, "purchased_after": 0'): "pools_are_the_balance",
+    FORGED.format('"version": 99, "purchased_delta": -1, "balance_after": -1'): "credits_held_or_owned_check",
+    FORGED.format('"version": 99, "held_after": 1000000'): "held_is_owned",
+    FORGED.format('"version": 99, "debt_after": -1'): "credits_held_or_owned_check",
+    FORGED.format('"version": 99, "hash": "\\\\x00"'): "entries_hash_check",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["credits_worker", "credits_owner"])
+async def test_no_role_of_ours_writes_what_does_not_add_up(
+    books: asyncpg.Connection, database_url: str, role: Any
+) -> None:
+    """What a bug in the worker or a hand at the console would write is refused by the constraint of what is wrong."""
+    tables = ["accounts", "lots", "entries", "generations", "bookings", "purchases", "usage_days"]
+    everything = [f"SELECT t::text FROM {table} t ORDER BY 1" for table in tables]
+    before = [await books.fetch(query) for query in everything]
+    found = {}
+    async with (
+        await open_pool(database_url, role=role, name="tests") as pool,
+        pool.acquire() as one,
+    ):
+        for statement in SPOILS:
+            try:
+                found[statement] = await one.execute(statement)
+            except asyncpg.PostgresError as error:
+                found[statement] = getattr(error, "constraint_name", repr(error))
+
+    assert found == SPOILS
+    assert before == [await books.fetch(query) for query in everything]
+
+
 # -- the journal is append-only ------------------------------------------------------------------------------------
 
 REWRITES = [

@@ -346,7 +346,13 @@ async def test_a_refund_by_the_charge_of_another_payment_counts(
     "at_once",
     [
         False,
-        True,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="store/load.py: nobody looks for the money of changes again after the accounts are locked",
+            ),
+        ),
     ],
 )
 async def test_a_refund_of_a_change_of_plan_that_waited_for_its_period_is_netted(
