@@ -346,13 +346,7 @@ async def test_a_refund_by_the_charge_of_another_payment_counts(
     "at_once",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="store/load.py: nobody looks for the money of changes again after the accounts are locked",
-            ),
-        ),
+        True,
     ],
 )
 async def test_a_refund_of_a_change_of_plan_that_waited_for_its_period_is_netted(
@@ -398,10 +392,6 @@ async def test_a_period_that_resolves_to_another_account_undoes_no_spend(
     assert await problems(owner) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="store/queries.sql: write_subscriptions overwrites whatever is there, older or newer",
-)
 async def test_two_words_of_one_subscription_for_two_accounts_at_once_leave_the_later_one(
     books: Books, pool: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:
