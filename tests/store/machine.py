@@ -319,8 +319,9 @@ class Scene:
             works.append(self._next(deed))
             if self._regretted is not None:
                 about = {"payment_intent": self._regretted, "amount": 2, "status": "succeeded"}
-                for id_ in ("re_1", "re_2"):
-                    works.append(kit.stripe("refund.created", {"id": id_, **about}))
+                works += [
+                    kit.stripe("refund.created", {"id": id_, **about}) for id_ in ("re_1", "re_2")
+                ]
                 self._regretted = None
         return works
 
