@@ -65,6 +65,7 @@ version = "small"
 signup_credits = 2
 daily_generations = 2
 [tiers.pro]
+[tiers.max]
 [plans.plain]
 tier = "pro"
 stripe_prices = []
@@ -86,7 +87,7 @@ stripe_prices = []
 credits = 10
 allocation = "monthly"
 [plans.yearly_more]
-tier = "pro"
+tier = "max"
 stripe_prices = []
 credits = 20
 trial_credits = 4

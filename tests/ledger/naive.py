@@ -183,6 +183,7 @@ class Naive:
     booked: dict[str, Booked] = field(default_factory=dict)
     sales: list[Sale] = field(default_factory=list)
     yearly: list[Yearly] = field(default_factory=list)
+    subscribed: dict[str, tuple[str, str, datetime]] = field(default_factory=dict)
     refunds: dict[str, Refunded] = field(default_factory=dict)
     charged_back: list[tuple[str, int]] = field(default_factory=list)
     disputes: dict[str, Disputed] = field(default_factory=dict)
@@ -230,14 +231,14 @@ class Naive:
         self.owed = [
             (target if debtor == source else debtor, credits) for debtor, credits in self.owed
         ]
-        if self.tier(target) == "free" and self.tier(source) != "free":
-            self.tiers[target] = self.tier(source)
         if source in self.zones and target not in self.zones:
             self.zones[target] = self.zones[source]
         for known in (self.registered, self.welcomed):
             if source in known:
                 known.add(target)
         self.merged[source] = target
+        if not self.tell_tier(target) and self.tier(target) == "free":
+            self.tiers[target] = self.tier(source)
         self.pay_debts()
         return "applied"
 
@@ -593,7 +594,7 @@ class Naive:
             who, subscription, line.start, plan.rolls_over if credits else 0
         )
         if line.end > self.now:
-            self.tiers[who] = plan.tier
+            self.subscribe(who, subscription, line.plan, line.start)
         key = f"{line.key}+{before}" if self.sold(line.key) else line.key
         raised = self.months_of(subscription, line.start)
         ends = line.end
@@ -629,6 +630,24 @@ class Naive:
                     *money,
                 )
             )
+
+    def subscribe(self, who: str, subscription: str, plan: str, start: datetime) -> None:
+        """A subscription is whose it was first, and of the plan of its latest period."""
+        owner, known, since = self.subscribed.get(subscription, (who, plan, start))
+        latest = (plan, start) if start >= since else (known, since)
+        self.subscribed[subscription] = (owner, *latest)
+        self.tell_tier(who)
+
+    def tell_tier(self, who: str) -> bool:
+        """The dearest of somebody's subscriptions says the tier, if there is one."""
+        plans = [
+            self.prices.plans[name]
+            for owner, name, _ in self.subscribed.values()
+            if self.home(owner) == who
+        ]
+        if plans:
+            self.tiers[who] = max(plans, key=lambda plan: (plan.credits, plan.tier)).tier
+        return bool(plans)
 
     def close_earlier(self, who: str, subscription: str, start: datetime, rolls_over: int) -> int:
         """End the months and grants of earlier periods; say what of them goes on, which is the latest of it."""

@@ -81,7 +81,7 @@ PRICES = Prices(
     plans={
         "plain": Plan("pro", 10),
         "yearly": Plan("pro", 10, monthly=True),
-        "yearly_more": Plan("pro", 20, trial_credits=4, monthly=True),
+        "yearly_more": Plan("max", 20, trial_credits=4, monthly=True),
         "all_rolls": Plan("pro", 10, rolls_over=EVERYTHING),
         "some_rolls": Plan("pro", 10, rolls_over=3, trial_credits=2),
     },
@@ -471,8 +471,8 @@ class BothModels(RuleBasedStateMachine):
 
     def home(self, seen: Snapshot, who: str) -> str:
         """Where the core forwards a name to."""
-        while (into := seen.accounts[who].merged_into) is not None:
-            who = into
+        while who in seen.accounts and seen.accounts[who].merged_into is not None:
+            who = seen.accounts[who].merged_into
         return who
 
     def teardown(self) -> None:

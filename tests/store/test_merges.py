@@ -265,6 +265,10 @@ async def test_every_id_of_the_source_means_the_heir(
     await books.given(merge(CAT, "user:dan"), merge(BOB, CAT))
     everybody = [*ids, "cat", "user:cat", "dan"]
     assert {await resolve_owner(owner, id_) for id_ in everybody} == {"user:dan"}
+    own = await owner.fetch(
+        "SELECT external_id FROM identities WHERE provider = 'user' AND owner = 'user:dan'"
+    )
+    assert {"ann", "bob", "cat"} <= {row[0] for row in own}
     assert await left(owner) == []
 
 

@@ -195,6 +195,19 @@ async def test_a_refund_waits_for_the_purchase_that_holds_its_payment(
     assert await money(owner, "ann") == (0, 77, 0, 0)
 
 
+async def test_a_further_refund_waits_for_the_purchase_that_nets_the_one_before(
+    books: Books, pool: asyncpg.Pool, owner: asyncpg.Connection
+) -> None:
+    """A payment that is known already is locked as one that is new: the refund finds what the purchase left to claw."""
+    await books.given(give_back(100, id="re_1"))
+    async with written_last(pool, command(buy(100, paid=1000), key="sold"), books, owner):
+        told_again = asyncio.create_task(books.do(give_back(150, id="re_2")))
+        await until(owner, "SELECT (SELECT count(*) FROM refunds) > 1 OR " + TWO_WAIT)
+    assert await told_again == ["applied"]
+
+    assert await clawed(owner) == [("checkout:cs_1", 25)]
+
+
 @pytest.mark.parametrize("order", list(permutations(["pay", "start", "refund"])), ids="-".join)
 async def test_what_is_linked_while_a_refund_waits_is_seen(
     books: Books, owner: asyncpg.Connection, order: Sequence[str]
@@ -266,6 +279,7 @@ async def test_a_storm_of_everything_stays_exact(
     pool: asyncpg.Pool, owner: asyncpg.Connection, seed: int
 ) -> None:
     """Deals, refunds, merges, imports, generations and bookings of seven people, in batches on eight connections."""
+    print(f"seed {seed}")  # noqa: T201 - a failure shows it
     books, story = Books(pool, SMALL), Story(seed, datetime.now(UTC))
     batches = [story.batch() for _ in range(400)]
 
@@ -331,7 +345,13 @@ async def test_a_refund_by_the_charge_of_another_payment_counts(
     "at_once",
     [
         False,
-        True,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="store/load.py: nobody looks for the money of changes again after the accounts are locked",
+            ),
+        ),
     ],
 )
 async def test_a_refund_of_a_change_of_plan_that_waited_for_its_period_is_netted(
@@ -405,8 +425,7 @@ async def test_two_words_of_one_subscription_for_two_accounts_at_once_leave_the_
 
 @pytest.mark.xfail(
     strict=True,
-    raises=asyncpg.UniqueViolationError,
-    reason="ledger/periods.py: _change uses the key of an earlier change again",
+    reason="ledger/periods.py: _news takes a change of another invoice for one that is known, and grants nothing",
 )
 async def test_two_invoices_that_change_a_plan_as_of_one_moment_are_both_applied(
     books: Books, owner: asyncpg.Connection

@@ -4,6 +4,7 @@ Counted on the wire, by a proxy that reads what the worker sends: every Parse, E
 text. The first batches of a connection also prepare their statements; they are let pass before counting.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import asyncpg
@@ -15,7 +16,7 @@ from workers.ledger.model import add_months
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 
-from .commands_kit import START, Books, give_back, memory, pay
+from .commands_kit import START, Books, InMemory, give_back, memory, pay
 from .kit import (
     adjust,
     book,
@@ -271,3 +272,48 @@ async def test_three_hundred_of_these_cost_as_much_as_three(
     assert small == large
     assert len(first[0]) > len(small[0])  # it prepared what the others only used
     assert 10 < len(small[0]) <= STATEMENTS_MAX
+
+
+@pytest.mark.parametrize("batch", [refunds, renewals])
+def test_four_times_as_many_are_decided_in_some_four_times_the_time(
+    batch: Callable[[int, str], list[Action]],
+) -> None:
+    """While a batch is decided its transaction is idle, and the server ends one that is idle for long."""
+
+    def seconds(units: int) -> float:
+        ledger = InMemory(now=START)
+        ledger.run(*(ledger.command(action) for action in sales(units, "u")))
+        commands = tuple(ledger.command(action) for action in batch(units, "u"))
+        state = ledger.load(commands)
+        started = time.process_time()
+        ledger.execute(state, commands)
+        return time.process_time() - started
+
+    few = max(min(seconds(25) for _ in range(3)), 0.005)
+
+    assert seconds(100) < 12 * few
+
+
+async def test_records_of_no_command_lock_nothing(counted: tuple[Proxy, Ledger]) -> None:
+    """A batch of nothing but dead letters touches no account: it writes them and commits."""
+    proxy, ledger = counted
+    batch = [record("booking.events", b"{", {}) for _ in range(5)]
+    await ledger.apply(batch[:1])
+
+    statements, _ = await cost(proxy, ledger, batch)
+
+    assert not any("accounts" in statement for statement in statements)
+
+
+async def test_the_count_sees_a_statement_for_each_record(counted: tuple[Proxy, Ledger]) -> None:
+    """The proof can fail: records applied one by one send so many times as much, and the proxy sees it."""
+    proxy, ledger = counted
+    await ledger.apply([grant("u0", 10_000), adjust("u0", -1)])
+    await ledger.apply([adjust("u0", -1)])
+    single, _ = await cost(proxy, ledger, [adjust("u0", -1)])
+
+    proxy.forget()
+    for _ in range(5):
+        await ledger.apply([adjust("u0", -1)])
+
+    assert len(proxy.statements) == 5 * len(single)

@@ -382,6 +382,7 @@ def _end_earlier_months(
         if (
             lot.subscription_id == subscription_id
             and lot.clawed > 0
+            and writer.heir(lot.account_id) == account.account_id
             and lot.period_start is not None
             and lot.period_start < period.start
         ):

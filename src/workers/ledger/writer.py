@@ -107,16 +107,22 @@ class Writer:
 
     def account(self, account_id: str) -> Account:
         """The account, settled; its heir if it was merged (R13). Raises InvariantViolated when it was not loaded."""
-        account = self.state.accounts.get(account_id)
-        while account is not None and account.merged_into is not None:
-            account_id = account.merged_into
-            account = self.state.accounts.get(account_id)
+        name = self.heir(account_id)
+        account = self.state.accounts.get(name)
         if account is None:
-            raise InvariantViolated(f"{account_id} was not loaded and locked")
+            raise InvariantViolated(f"{name} was not loaded and locked")
         if not account.settled:
             account.settled = True
             self.settle(self, account)
         return account
+
+    def heir(self, account_id: str) -> str:
+        """The account's name, or that of whom it was merged into, as far as is loaded."""
+        account = self.state.accounts.get(account_id)
+        while account is not None and account.merged_into is not None:
+            account_id = account.merged_into
+            account = self.state.accounts.get(account_id)
+        return account_id
 
     # -- writing ------------------------------------------------------------------------------------------
 
@@ -257,6 +263,7 @@ class Writer:
         expires_at: datetime | None = None,
         subscription_id: str | None = None,
         period_start: datetime | None = None,
+        granted_at: datetime | None = None,
     ) -> Lot:
         """A lot with nothing in it yet: the entry that moves credits into it makes it real."""
         lot = Lot(
@@ -268,7 +275,7 @@ class Writer:
             source_kind=kind,
             source_reference=reference,
             granted_version=account.version + 1,
-            granted_at=max(self.now, account.updated_at or self.now),
+            granted_at=granted_at or max(self.now, account.updated_at or self.now),
             expires_at=expires_at,
             subscription_id=subscription_id,
             period_start=period_start,
@@ -306,6 +313,7 @@ class Writer:
             expires_at=expires_at,
             subscription_id=subscription_id,
             period_start=period_start,
+            granted_at=granted_at,
         )
         self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
         self.expire(account, lot, granted_at or self.now)

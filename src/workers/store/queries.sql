@@ -252,7 +252,10 @@ ON CONFLICT (subscription_id) DO UPDATE
 SET account_id = excluded.account_id, customer_id = excluded.customer_id, plan = excluded.plan,
     status = excluded.status, period_start = excluded.period_start, period_end = excluded.period_end,
     cancel_at = excluded.cancel_at, metadata = excluded.metadata, event_at = excluded.event_at,
-    event_rank = excluded.event_rank, event_id = excluded.event_id, recorded_at = excluded.recorded_at;
+    event_rank = excluded.event_rank, event_id = excluded.event_id, recorded_at = excluded.recorded_at
+-- Two words of one subscription may be decided at once, for two accounts: the later one stays.
+WHERE (subscriptions.event_at, subscriptions.event_rank, subscriptions.event_id)
+      <= (excluded.event_at, excluded.event_rank, excluded.event_id);
 
 -- name: merge_purchases
 -- What a merged account bought is its heir's.
