@@ -28,7 +28,7 @@ INSERT INTO disputes (payment_id, dispute_id, amount, steps, recorded_at)
 INSERT INTO allocations (allocation_key, subscription_id, anchor_at, period_end, account_id, plan, credits, next_month,
                          next_at, invoice_id)
     VALUES ('allocation:sub_1', 'sub_1', '2026-11-01', '2027-11-01', 'user:ann', 'pro_yearly', 800, 1, '2026-12-01', 'in_1');
-INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_1', 'active', now(), now());
+INSERT INTO subscriptions (subscription_id, status, event_at, recorded_at) VALUES ('sub_9', 'active', now(), now());
 INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(), now());
 INSERT INTO stripe_objects VALUES ('invoices/in_1', '{}', now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
