@@ -410,10 +410,6 @@ async def test_two_words_of_one_subscription_for_two_accounts_at_once_leave_the_
     assert await owner.fetchval("SELECT status FROM subscriptions") == "canceled"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="ledger/periods.py: _news takes a change of another invoice for one that is known, and grants nothing",
-)
 async def test_two_invoices_that_change_a_plan_as_of_one_moment_are_both_applied(
     books: Books, owner: asyncpg.Connection
 ) -> None:
@@ -428,11 +424,6 @@ async def test_two_invoices_that_change_a_plan_as_of_one_moment_are_both_applied
     assert await owner.fetchval("SELECT sum(credits) FROM purchases") == 2400
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=OwnersChanged,
-    reason="store/load.py: _refuse_unlocked_changes refuses for ever a change that only its key names",
-)
 async def test_old_books_that_name_a_change_of_plan_leave_it_out(
     books: Books, owner: asyncpg.Connection
 ) -> None:

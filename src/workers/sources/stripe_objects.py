@@ -282,7 +282,7 @@ class Envelope(StripeObject):
 class RelatedObject(StripeObject):
     """What a thin event is about."""
 
-    url: Annotated[str, Field(max_length=1000)]
+    url: Annotated[str, Field(max_length=1000)] = ""
 
     @property
     def path(self) -> str | None:

@@ -80,7 +80,7 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     if money:
         await _load_payments(connection, state, money)
     await _load_purchases(connection, state, reach, money)
-    _refuse_unlocked_changes(state, money)
+    _refuse_unlocked_changes(state, reach, money)
     await _load_lots(connection, state, locked)
     await _load_allocations(connection, state, reach, money)
     await _load_subscriptions(connection, state, reach, locked)
@@ -106,9 +106,11 @@ async def _lock_money(connection: Connection, reach: Reach) -> list[str]:
     return money
 
 
-def _refuse_unlocked_changes(state: Snapshot, money: Collection[str]) -> None:
+def _refuse_unlocked_changes(state: Snapshot, reach: Reach, money: Collection[str]) -> None:
     """A change of plan that came while we waited brings money of its own, which its period's invoice must net."""
     for purchase in state.purchases.values():
+        if purchase.subscription_id not in reach.subscription_ids:
+            continue
         if purchase.worth is not None and not {purchase.payment_id, purchase.invoice_id} <= {
             *money,
             None,
