@@ -188,8 +188,11 @@ lines = st.builds(
     st.sampled_from(STARTS),
     st.sampled_from([(False, 1), (False, 1), (False, 2), (True, 1)]),
 )
+# A subscription is one person's.
 invoices = st.builds(
-    lambda bought, **more: invoice(*bought, **more),
+    lambda bought, to, subscription, **more: invoice(
+        *bought, to=to, subscription=f"{subscription} of {to}", **more
+    ),
     st.lists(lines, min_size=1, max_size=3),
     to=people,
     subscription=st.sampled_from(["sub_1", "sub_1", "sub_2"]),

@@ -18,7 +18,6 @@ from workers.ledger.commands import (
     RecordSubscription,
     StartPeriods,
 )
-from workers.store.load import OwnersChanged
 
 from .commands_kit import (
     SMALL,
