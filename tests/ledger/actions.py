@@ -192,7 +192,7 @@ lines = st.builds(
 # A subscription is one person's.
 invoices = st.builds(
     lambda bought, to, subscription, **more: invoice(
-        *bought, to=to, subscription=f"{subscription} of {to}", **more
+        *bought, to=to, subscription=f"{subscription}_of_{to.removeprefix('user:')}", **more
     ),
     st.lists(lines, min_size=1, max_size=3),
     to=people,
@@ -228,9 +228,9 @@ money_back = mixed({money_refunds: 3, charge_refunds: 1, disputes: 3})
 sales = st.sampled_from(["sale:1", "sale:2"]) | checkouts
 sales |= st.sampled_from(
     [
-        f"period:sub_1:plain:{START.isoformat()}",
-        f"period:sub_1:all_rolls:{START.isoformat()}",
-        f"allocation:sub_1:{START.isoformat()}:0",
+        f"period:sub_1_of_bob:plain:{START.isoformat()}",
+        f"period:sub_1_of_cat:all_rolls:{START.isoformat()}",
+        f"allocation:sub_1_of_dan:{START.isoformat()}:0",
     ]
 )
 imported_kinds = st.sampled_from(["import", "import", "purchase", "signup_grant", "expiry"])
