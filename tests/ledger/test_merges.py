@@ -608,6 +608,22 @@ def test_what_was_clawed_of_both_comes_back_to_one() -> None:
     assert ledger.money(ANN) == Money(purchased=150)
 
 
+def test_what_comes_back_after_a_merge_stands_behind_what_came_with_it() -> None:
+    """Among equals the place is when a lot came to its owner, and one that was empty at the merge comes after it."""
+    ledger = Ledger()
+    ledger.run(
+        ledger.command(buy(100, to=BOB)),
+        ledger.command(give_money_back(1000)),
+        ledger.command(grant(5, to=ANN)),
+        ledger.command(grant(7, to=BOB)),
+        ledger.command(merge()),
+        ledger.command(give_money_back(1000, status="failed")),
+    )
+
+    assert [lot.remaining for lot in ledger.lots(ANN)] == [5, 7, 100]
+    prove(ledger)
+
+
 # -- in what order they are spent -------------------------------------------------------------------------
 
 SOON, LATER = START + timedelta(days=1), START + timedelta(days=9)

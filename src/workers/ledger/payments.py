@@ -278,16 +278,18 @@ def _restore(
     purchase.parts = tuple(parts)
     purchase.clawed -= credits
     purchase.changed = True
-    moves = []
+    moves: list[Move] = []
     for lot_id, some in back.items():
         lot = writer.lot(lot_id)
-        lot.account_id = (
-            account.account_id
-        )  # used up before a merge, it still bore the source's name
+        if lot.account_id != account.account_id:
+            # Used up before a merge, it still bore the source's name and its place there.
+            lot.account_id = account.account_id
+            lot.granted_version, lot.position = account.version + 1, len(moves)
         moves.append(Move(lot, some, 0))
     if anew:
         reference = purchase.purchase_key
         lot = writer.new_lot(account, "clawback_reversal", "purchased", anew, reference=reference)
+        lot.position = len(moves)
         moves.append(Move(lot, anew, 0))
     if moves or forgiven:
         writer.write(account, "clawback_reversal", moves, transaction, debt=-forgiven)

@@ -406,7 +406,7 @@ def _close_earlier_periods(
         and lot.period_start is not None
         and lot.period_start < period.start
     ]
-    earlier.sort(key=lambda lot: (lot.period_start, lot.granted_version))
+    earlier.sort(key=lambda lot: (lot.period_start, lot.granted_version, lot.position))
     left = sum(lot.unheld for lot in earlier)
     # A trial's or an empty line's lot does not exist, so nothing could roll into it.
     rolled = period.plan.rolled_over(left) if period.credits > 0 else 0

@@ -328,7 +328,8 @@ WHERE t.stored <> t.expected AND ($1::text[] IS NULL OR l.account_id = ANY($1));
 
 -- name: lots_were_granted
 -- checks: lots
--- Every lot was made by the entry that it names, of its kind and with its credits, or came with a merge.
+-- Every lot was made by the entry that it names, of its kind and with its credits, or came with a merge, or came back
+-- after one.
 SELECT l.account_id, 'lot', l.lot_id::text, 'granted_version',
        format('%s: %s credits by %s', l.granted_version, l.granted, l.source_kind), 'an entry that did this'
 FROM lots l
@@ -337,7 +338,7 @@ LEFT JOIN (
     FROM entries e CROSS JOIN LATERAL jsonb_to_recordset(e.allocation) AS m (lot_id uuid, amount bigint)
     WHERE e.balance_after > e.balance_before AND m.amount > 0 AND ($1::text[] IS NULL OR e.account_id = ANY($1))
 ) m ON m.lot_id = l.lot_id AND m.version = l.granted_version
-       AND (m.kind = 'merge' OR m.kind = l.source_kind AND m.amount = l.granted)
+       AND (m.kind IN ('merge', 'clawback_reversal') OR m.kind = l.source_kind AND m.amount = l.granted)
 WHERE m.lot_id IS NULL AND ($1::text[] IS NULL OR l.account_id = ANY($1));
 
 -- name: lots_are_within_their_grant
