@@ -338,6 +338,20 @@ def test_at_one_instant_a_hold_ends_before_a_month_begins() -> None:
     assert ledger.money(ANN) == Money(subscription=800)
 
 
+def test_months_are_clawed_in_the_order_of_their_instants_whenever_they_were_granted() -> None:
+    """A clock that comes late to two yearly plans of one payment must not change which of them finds something left."""
+
+    def clawed(*, in_time: bool) -> dict[str, list[str]]:
+        ledger = at(NOV, year(subscription="sub_2"), year(day(11, 2), subscription="sub_1"))
+        if in_time:
+            tick(ledger, day(12, 5))
+        ledger.now = day(12, 5)
+        ledger.given(complete(1600), buy(900, payment="pi_2", paid=100), give_money_back(1200))
+        return {key: [part.source for part in row.parts] for key, row in ledger.purchases.items()}
+
+    assert clawed(in_time=False) == clawed(in_time=True)
+
+
 def test_any_number_of_settlings_is_one() -> None:
     """However often and by whomever the account is settled: each month once."""
     ledger = at(NOV, year())

@@ -55,9 +55,7 @@ class Linked:
             for name in self._names(payment)
             for purchase in self._purchases.get(name, {}).values()
         }
-        return sorted(
-            found.values(), key=lambda purchase: (purchase.recorded_at, purchase.purchase_key)
-        )
+        return sorted(found.values(), key=Purchase.order)
 
     def months(self, payment: Payment) -> list[Allocation]:
         """The months to come that a payment paid for."""

@@ -229,6 +229,11 @@ class Purchase:
         """Whether it changed a period that another purchase began."""
         return self.worth is not None
 
+    def order(self) -> tuple[datetime, str]:
+        """The order in which purchases are clawed back. A month was bought at its instant, however late it was granted."""
+        at = self.period_start if self.month else None
+        return at or self.recorded_at, self.purchase_key
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Allocation:

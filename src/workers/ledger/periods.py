@@ -355,13 +355,13 @@ def _change_months(writer: Writer, account: Account, subscription_id: str, perio
 
 
 def _months_of(writer: Writer, subscription_id: str, period: Period) -> Allocation | None:
-    """The months that a period adds to: those that an invoice before it has begun."""
+    """The months that a period adds to: those that an invoice before it has begun, or those that a change ends with."""
     return next(
         (
             one
             for one in writer.state.allocations.values()
             if one.subscription_id == subscription_id
-            and (one.anchor_at == period.start or one.period_end == period.end)
+            and (one.period_end == period.end if period.prorated else one.anchor_at == period.start)
         ),
         None,
     )
