@@ -38,6 +38,7 @@ from .kit import (
     cancel,
     cancel_generation,
     charge_refunded,
+    close,
     complete,
     dispute,
     fail,
@@ -49,10 +50,12 @@ from .kit import (
     line,
     link,
     merge,
+    organisation,
     pay,
     refund,
     register,
     request,
+    terms,
     transfer,
 )
 
@@ -145,8 +148,11 @@ moments = st.sampled_from(
 CLAMPED = START - timedelta(days=21)
 STARTS = [START + timedelta(days=30 * month) for month in (-2, -1, 0, 0, 0, 1, 1, 2)] + [CLAMPED]
 
-grants = st.builds(grant, amounts, to=people, pool=pools, expires_at=moments)
-adjustments = st.builds(adjust, st.sampled_from([-9, -5, -3, -2, -1, 1, 4, 10**12 + 1]), of=people)
+ORGANISATIONS = ["acme", "bolt"]
+owners = st.sampled_from([*PEOPLE, *PEOPLE, *(f"org:{name}" for name in ORGANISATIONS)])
+spending_from = st.sampled_from([None, None, None, "acme", "acme", "bolt"])
+grants = st.builds(grant, amounts, to=owners, pool=pools, expires_at=moments)
+adjustments = st.builds(adjust, st.sampled_from([-9, -5, -3, -2, -1, 1, 4, 10**12 + 1]), of=owners)
 transfers = st.builds(
     lambda credits_moved, pair: transfer(credits_moved, sender=pair[0], receiver=pair[1]),
     amounts,
@@ -251,6 +257,29 @@ imports = st.builds(
 )
 # Ann stays herself, so that there are always two who can give each other credits.
 merges = st.builds(lambda pair: merge(*pair), st.sampled_from([*permutations(PEOPLE[1:], 2)]))
+# What is told of an organisation may be late; a person may be named under two ids, so twice.
+members = st.builds(
+    terms,
+    people,
+    st.sampled_from([None, None, 0, 3, 8, 20]),
+    st.sampled_from([None, "day", "week", "month"]),
+)
+told_at = st.sampled_from([START + timedelta(hours=hour) for hour in (-1, 0, 0, 1, 2, 3, 3, 4)])
+mirrors = st.builds(
+    lambda who, **more: organisation("mirror", who, **more),
+    people,
+    id=st.sampled_from(ORGANISATIONS),
+    at=told_at,
+)
+pools_of_many = st.builds(
+    lambda named, **more: organisation("shared", *named, **more),
+    st.lists(members, max_size=5),
+    id=st.sampled_from(ORGANISATIONS),
+    at=told_at,
+)
+organisations = mixed({mirrors: 2, pools_of_many: 3})
+# Ann and Bob stay.
+closings = st.builds(close, st.sampled_from(PEOPLE[2:]))
 kinds = st.sampled_from(["song", "song", "image"])
 models = st.sampled_from([None, None, "flux-pro"])
 requests = st.builds(
@@ -261,6 +290,7 @@ requests = st.builds(
     kind=kinds,
     model=models,
     units=st.integers(1, 2),
+    org=spending_from,
     hold_seconds=st.sampled_from([None, 1, MINUTE, HOUR, 5 * DAY, 5 * DAY, 20 * DAY]),
 )
 completions = st.builds(
@@ -271,6 +301,7 @@ completions = st.builds(
     kind=st.none() | kinds,
     model=models,
     units=st.sampled_from([None, None, 1, 3]),
+    org=spending_from,
 )
 ends = st.builds(fail, id=generation_ids, by=people) | st.builds(
     cancel_generation, id=generation_ids, by=people
@@ -304,6 +335,7 @@ actions = mixed(
         invoice_payments: 1,
         imports: 1,
         merges: 1,
+        organisations: 3,
     }
 )
 aims = st.integers(0, 99)

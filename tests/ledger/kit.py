@@ -26,6 +26,7 @@ from workers.ledger.commands import (
     BuyPack,
     CancelBooking,
     Cause,
+    CloseAccount,
     Command,
     CommandKey,
     CompleteGeneration,
@@ -35,8 +36,11 @@ from workers.ledger.commands import (
     GrantCredits,
     ImportCredits,
     ImportedEntry,
+    LimitPeriod,
     LinkIdentities,
+    MemberTerms,
     MergeAccounts,
+    OrganisationMode,
     PayInvoice,
     PaymentIds,
     PeriodLine,
@@ -52,12 +56,23 @@ from workers.ledger.commands import (
     Settle,
     StartPeriods,
     TransferCredits,
+    UpdateOrganisation,
 )
-from workers.ledger.model import Alert, Allocation, Decided, Payment, Subscription, Usage
+from workers.ledger.model import (
+    Alert,
+    Allocation,
+    Decided,
+    MemberUsage,
+    Organisation,
+    Payment,
+    Subscription,
+    Usage,
+)
 from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
-from workers.ledger.reach import reach_of
+from workers.ledger.reach import Reach, reach_of
 
 ANN, BOB, CAT = "user:ann", "user:bob", "user:cat"
+ACME = "org:acme"
 START = datetime(2026, 11, 21, 10, tzinfo=UTC)
 
 CATALOGUE = parse_catalogue(
@@ -117,7 +132,7 @@ def ids() -> Iterator[UUID]:
 
 def columns(row: object, *, without: tuple[str, ...] = ()) -> dict[str, object]:
     """A row's values, without the marks that tell the store what to do with it."""
-    marks = {"fresh", "changed", "settled", "lots", "due", "allocations", *without}
+    marks = {"fresh", "changed", "settled", "lots", "due", "allocations", "left", *without}
     return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in marks}
 
 
@@ -132,6 +147,9 @@ def _copy(row):
     }
     known = {item.name for item in fields(row)}
     copy = replace(row, **{name: value for name, value in marks.items() if name in known})
+    if isinstance(copy, Organisation):
+        copy.members = {key: _copy(terms) for key, terms in row.members.items()}
+        copy.left = set()
     if isinstance(copy, Payment):
         copy.refunds = {key: _copy(refund) for key, refund in row.refunds.items()}
         copy.disputes = {key: _copy(dispute) for key, dispute in row.disputes.items()}
@@ -154,6 +172,8 @@ class Ledger:
     payments: dict[str, Payment] = field(default_factory=dict)
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
+    organisations: dict[str, Organisation] = field(default_factory=dict)
+    member_usage: dict[tuple[str, str, date], MemberUsage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
@@ -249,6 +269,15 @@ class Ledger:
             "bookings": {key: columns(row) for key, row in self.bookings.items()},
             "subscriptions": {key: columns(row) for key, row in self.subscriptions.items()},
             "usage": {key: row.generations for key, row in self.usage.items() if row.generations},
+            "organisations": {
+                key: columns(row, without=("members",)) | {"members": terms_of(row)}
+                for key, row in self.organisations.items()
+            },
+            "member_usage": {
+                key: (row.held, row.captured)
+                for key, row in self.member_usage.items()
+                if row.held or row.captured
+            },
             "purchases": {key: columns(row) for key, row in self.purchases.items()},
             "allocations": {key: columns(row) for key, row in self.allocations.items()},
             "payments": {key: payment_columns(row) for key, row in self.payments.items()},
@@ -325,29 +354,30 @@ class Ledger:
         }
         for id in reach.generation_ids & self.generations.keys():
             state.generations[id] = _copy(self.generations[id])
-            names |= {self.generations[id].account_id} - {None}
+            row = self.generations[id]
+            names |= {row.account_id, f"user:{row.member_id}" if row.member_id else None} - {None}
         for id in reach.booking_ids & self.bookings.keys():
             state.bookings[id] = _copy(self.bookings[id])
             names |= {self.bookings[id].client, self.bookings[id].practitioner} - {None}
-        while (
-            heirs := {
-                row.merged_into
-                for name, row in self.accounts.items()
-                if name in names and row.merged_into is not None
-            }
-            - names
-        ):
-            names |= heirs
+        names |= {f"org:{id}" for id in reach.organisations & self.organisations.keys()}
+        merging = {self.heir(name) for name in reach.merging}
+        for row in self.organisations.values():
+            names |= {f"org:{row.organization_id}"} if row.members.keys() & merging else set()
+        for row in self.member_usage.values():
+            names |= {row.account_id} if f"user:{row.member_id}" in merging else set()
+        while more := self._linked_with(names) - names:
+            names |= more
         for name in sorted(names):
             state.accounts[name] = _copy(self.accounts.get(name, Account(account_id=name)))
-        merging = {self.heir(name) for name in reach.merging}
+        self._load_organisations(state, reach, names)
+        merging |= self._switching(reach)
         for row in self.generations.values():
             if row.state != "held" or row.account_id not in names:
                 continue
             if row.deadline_at <= self.now:
                 due = state.generations.setdefault(row.generation_id, _copy(row))
                 state.accounts[row.account_id].due.append(due)
-            elif row.account_id in merging:
+            elif {row.account_id, row.released_to} & merging:
                 state.generations.setdefault(row.generation_id, _copy(row))
         wanted = {
             lot_id
@@ -384,7 +414,59 @@ class Ledger:
         days |= {row.counted_on for row in state.generations.values()}
         for key in {(name, day) for name in names for day in days} & self.usage.keys():
             state.usage[key] = _copy(self.usage[key])
+        yesterday = today - timedelta(days=1)
+        since = min(yesterday.replace(day=1), yesterday - timedelta(days=yesterday.weekday()))
+        members = {row.member_id for row in state.generations.values()}
+        members |= {name.removeprefix("user:") for name in names}
+        for key, row in self.member_usage.items():
+            wanted = row.account_id in names and row.member_id in members
+            if wanted and (row.day >= since or row.day in days):
+                state.member_usage[key] = _copy(row)
         return state
+
+    def _linked_with(self, names: set[str]) -> set[str]:
+        """Whom accounts were merged into, whom mirrors show, and between whom holds will move what they release."""
+        linked = {row.merged_into for name, row in self.accounts.items() if name in names}
+        for row in self.organisations.values():
+            if row.mode == "mirror" and f"org:{row.organization_id}" in names:
+                linked |= row.members.keys()
+        for row in self.generations.values():
+            if row.released_to is not None and {row.account_id, row.released_to} & names:
+                linked |= {row.account_id, row.released_to}
+        return linked - {None}
+
+    def _load_organisations(self, state: Snapshot, reach: Reach, names: set[str]) -> None:
+        for id, row in self.organisations.items():
+            if f"org:{id}" in names:
+                state.organisations[id] = _copy(row)
+                if id not in reach.modes and row.mode != "mirror":
+                    known = state.organisations[id]
+                    known.members = {k: one for k, one in known.members.items() if k in names}
+
+    def _switching(self, reach: Reach) -> set[str]:
+        """The accounts of organisations that may change their mode, and of mirrors' members."""
+        switching = set()
+        for id, modes in reach.modes.items():
+            known = self.organisations.get(id)
+            if modes | {known.mode if known else "shared"} != {"shared"}:
+                switching |= {f"org:{id}"}
+                if known is not None and known.mode == "mirror":
+                    switching |= known.members.keys()
+        return {self.heir(name) for name in switching | reach.mirrored}
+
+    def _merge_members(self, source: str) -> None:
+        """What the store does by one statement for the counters and holds that were not loaded."""
+        was, becomes = (name.removeprefix("user:") for name in (source, self.heir(source)))
+        for (account_id, member_id, day), row in list(self.member_usage.items()):
+            if member_id == was:
+                blank = MemberUsage(account_id=account_id, member_id=becomes, day=day)
+                kept = self.member_usage.setdefault((account_id, becomes, day), blank)
+                kept.held, kept.captured = kept.held + row.held, kept.captured + row.captured
+                del self.member_usage[account_id, member_id, day]
+        for row in self.generations.values():
+            if row.state == "held" and row.member_id == was:
+                row.member_id = becomes
+            assert row.released_to != source, "a hold releases to somebody who is somebody else"
 
     def _money(self, named: set[str]) -> set[str]:
         """Everything that speaks of the same money, however far it is linked."""
@@ -413,6 +495,7 @@ class Ledger:
             (self.allocations, state.allocations),
             (self.subscriptions, state.subscriptions),
             (self.usage, state.usage),
+            (self.member_usage, state.member_usage),
         ):
             for key, row in rows.items():
                 is_new = key not in stored
@@ -422,7 +505,24 @@ class Ledger:
                 elif not is_new:
                     assert columns(row) == columns(stored[key]), f"{key} changed without its mark"
                 else:
-                    assert key in state.accounts or key in state.usage, f"{key} lacks its mark"
+                    blank = key in state.accounts or key in state.usage or key in state.member_usage
+                    assert blank, f"{key} lacks its mark"
+        for id, row in state.organisations.items():
+            stored = self.organisations.get(id)
+            if row.changed:
+                kept = stored.members if stored else {}
+                self.organisations[id] = _copy(row)
+                self.organisations[id].members = kept
+            elif columns(row, without=("members",)) != columns(stored, without=("members",)):
+                raise AssertionError(f"{id} changed without its mark")
+            kept = self.organisations[id].members
+            for who in row.left:
+                kept.pop(who, None)
+            for who, terms in row.members.items():
+                if terms.changed:
+                    kept[who] = _copy(terms)
+                assert columns(terms) == columns(kept[who]), f"{who} changed without a mark"
+            assert row.mode == "shared" or len(kept) == 1
         for key, payment in state.payments.items():
             stored = self.payments.get(
                 key, Payment(payment_id=key, recorded_at=payment.recorded_at)
@@ -434,6 +534,7 @@ class Ledger:
             assert mark or payment_columns(payment) == payment_columns(stored), key
             self.payments[key] = _copy(payment)
         for source in execution.merged:
+            self._merge_members(source)
             for row in (
                 *self.purchases.values(),
                 *self.allocations.values(),
@@ -451,6 +552,11 @@ class Ledger:
             check_account(self, account.account_id)
         for usage in state.usage.values():
             assert usage.generations >= 0, f"{usage.account_id} generated less than nothing"
+        for share in self.member_usage.values():
+            check_member_usage(self, share)
+        for id, known in self.organisations.items():
+            own = self.accounts.get(f"org:{id}", Account(account_id=id))
+            assert known.mode == "shared" or own.available == 0, f"{id} keeps what its member has"
         for generation in state.generations.values():
             check_generation(generation)
         for purchase in state.purchases.values():
@@ -533,6 +639,25 @@ def check_account(ledger: Ledger, name: str) -> None:
             for pin in generation.pinned:
                 pinned[pin.lot_id] = pinned.get(pin.lot_id, 0) + pin.credits
     assert pinned == {lot.lot_id: lot.held for lot in lots if lot.held}, f"{name}: holds != pins"
+
+
+def terms_of(row: Organisation) -> dict[str, object]:
+    """An organisation's members by account, with their limits."""
+    return {who: columns(terms) for who, terms in sorted(row.members.items())}
+
+
+def check_member_usage(ledger: Ledger, share: MemberUsage) -> None:
+    """A member's counter is what generations say that were requested on its day (R15)."""
+    counted = [
+        row
+        for row in ledger.generations.values()
+        if row.account_id == share.account_id
+        and row.member_id is not None
+        and ledger.heir(f"user:{row.member_id}") == f"user:{share.member_id}"
+        and row.counted_on == share.day
+    ]
+    assert share.held == sum(row.held for row in counted), share
+    assert share.captured == sum(row.taken for row in counted), share
 
 
 def check_generation(row: Generation) -> None:
@@ -621,9 +746,10 @@ def request(
     model: str | None = None,
     units: int = 1,
     hold_seconds: int | None = None,
+    org: str | None = None,
 ) -> RequestGeneration:
     """A reservation; the catalogue has no price for a song, so that the event's own counts."""
-    return RequestGeneration(by, id, kind, model, units, credits, hold_seconds)
+    return RequestGeneration(by, id, kind, model, units, credits, hold_seconds, org)
 
 
 def complete(
@@ -634,9 +760,10 @@ def complete(
     kind: str | None = None,
     model: str | None = None,
     units: int | None = None,
+    org: str | None = None,
 ) -> CompleteGeneration:
     """A generation's end with a result."""
-    return CompleteGeneration(by, id, kind, model, units, credits)
+    return CompleteGeneration(by, id, kind, model, units, credits, org)
 
 
 def fail(*, id: str = "g1", by: str = ANN) -> EndGeneration:
@@ -743,6 +870,27 @@ def import_books(*entries: ImportedEntry, key: str = "profiles:1", to: str = ANN
 def change(plan: str, start: datetime, end: datetime, *, quantity: int = 1) -> PeriodLine:
     """What a paid invoice charges anew for the rest of a period that runs already."""
     return PeriodLine(plan, start, end, quantity, trial=False, prorated=True)
+
+
+def terms(who: str, limit: int | None = None, period: LimitPeriod | None = None) -> MemberTerms:
+    """A member, with a limit or without."""
+    return MemberTerms(who, limit, period)
+
+
+def organisation(
+    mode: OrganisationMode,
+    *members: MemberTerms | str,
+    id: str = "acme",
+    at: datetime = START,
+) -> UpdateOrganisation:
+    """What is told of an organisation."""
+    named = (MemberTerms(who) if isinstance(who, str) else who for who in members)
+    return UpdateOrganisation(id, mode, tuple(named), at)
+
+
+def close(account: str = ANN) -> CloseAccount:
+    """Ann leaves."""
+    return CloseAccount(account)
 
 
 def told_of(

@@ -47,6 +47,7 @@ class Reservation:
     credits: int
     deadline: datetime
     pins: list[tuple[Granted, int]]
+    goes_to: str
 
 
 @dataclass(eq=False)
@@ -61,6 +62,16 @@ class Work:
     cost: int = 0
     refunded: int = 0
     counted_on: date | None = None
+    member: str | None = None
+
+
+@dataclass
+class Group:
+    """An organisation as it was last told: its people, each with a limit and the period for which it is."""
+
+    mode: str
+    told_at: datetime
+    people: dict[str, tuple[int | None, str | None]]
 
 
 @dataclass(eq=False)
@@ -194,6 +205,8 @@ class Naive:
     tiers: dict[str, str] = field(default_factory=dict)
     zones: dict[str, tzinfo] = field(default_factory=dict)
     merged: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
     arrivals: int = 0
 
     # -- who is who ---------------------------------------------------------------------------------------
@@ -207,8 +220,19 @@ class Naive:
     def merge(self, source: str, target: str) -> str:
         """Two were one person: whatever names the one names the other from now on."""
         source, target = self.home(source), self.home(target)
+        if {source, target} & self.closed:
+            return "account_closed"
         if source == target:
             return "same_account"
+        for group in self.groups.values():
+            if source in group.people:
+                group.people.setdefault(target, group.people.pop(source))
+        for work in self.work.values():
+            if work.member == source:
+                work.member = target
+        for hold in self.reserved.values():
+            if hold.goes_to == source:
+                hold.goes_to = target
         for grant in self.granted:
             if grant.who == source:
                 grant.has_arrived = False
@@ -288,7 +312,111 @@ class Naive:
 
     def generated_on(self, who: str, day: date) -> int:
         """How many generations count on a day."""
-        return sum(work.who == who and work.counted_on == day for work in self.work.values())
+        own = [work for work in self.work.values() if work.who == who and work.member is None]
+        return sum(work.counted_on == day for work in own)
+
+    # -- organisations ------------------------------------------------------------------------------------
+
+    def till(self, who: str) -> str:
+        """Where somebody's credits are: a mirror's are its one member's."""
+        group = self.groups.get(who)
+        if group is not None and group.mode == "mirror":
+            (who,) = group.people
+        return self.home(who)
+
+    def pays(self, who: str, group: str | None) -> str | None:
+        """Who pays for what somebody generates; nobody does for a stranger."""
+        if group is None:
+            return who
+        if group not in self.groups or who not in self.groups[group].people:
+            return None
+        return self.till(who if self.groups[group].mode == "mirror" else group)
+
+    def in_use(self, group: str, who: str, day: date) -> tuple[int, int]:
+        """What a member holds, and what he has used, of what was asked for on a day."""
+        held = used = 0
+        for id, work in self.work.items():
+            if (work.who, work.member, work.counted_on) == (group, who, day):
+                if id in self.reserved:
+                    held += self.reserved[id].credits
+                else:
+                    used += work.cost
+        return held, used
+
+    def beyond_limit(self, group: str, who: str, price: int) -> bool:
+        """Whether a member would use more than he may on this day, in this week or in this month."""
+        limit, period = self.groups[group].people[who]
+        if limit is None:
+            return False
+        today = self.today(group)
+        days = {work.counted_on for work in self.work.values()} - {None}
+        same = {
+            "day": lambda day: day == today,
+            "week": lambda day: day.isocalendar()[:2] == today.isocalendar()[:2],
+            "month": lambda day: (day.year, day.month) == (today.year, today.month),
+        }[period or "month"]
+        return sum(sum(self.in_use(group, who, day)) for day in days if same(day)) + price > limit
+
+    def tell_of_group(
+        self,
+        name: str,
+        mode: str,
+        people: list[tuple[str, int | None, str | None]],
+        told_at: datetime,
+    ) -> str:
+        """Who belongs to an organisation from now on; its credits go where its mode says that they are."""
+        before = self.groups.get(name)
+        if before is not None and told_at < before.told_at:
+            return "duplicate"
+        now: dict[str, tuple[int | None, str | None]] = {}
+        for who, limit, period in people:
+            now.setdefault(self.home(who), (limit, period))
+        was_mirror = before is not None and before.mode == "mirror"
+        if mode == "mirror":
+            (only,) = now
+            if only in self.closed:
+                return "account_closed"
+            if not was_mirror:
+                self.change_hands(name, only)
+        elif was_mirror:
+            (only,) = before.people
+            if only in now and only not in self.closed:
+                self.change_hands(only, name)
+        self.groups[name] = Group(mode, told_at, now)
+        return "applied"
+
+    def change_hands(self, giver: str, receiver: str) -> None:
+        """All that is free, and all that will be set free."""
+        self.move(giver, receiver, [(grant, self.free(grant)) for grant in self.lots(giver)])
+        for hold in self.reserved.values():
+            if hold.goes_to == giver:
+                hold.goes_to = receiver
+
+    def move(self, giver: str, receiver: str, parts: list[tuple[Granted, int]]) -> None:
+        """Credits change hands as they are: with their pool, their end and their age."""
+        if giver == receiver:
+            return
+        for grant, credits in parts:
+            if credits > 0:
+                self.spent.append(Spent(grant, credits))
+                self.receive(
+                    Granted(
+                        receiver,
+                        grant.pool,
+                        credits,
+                        grant.expires_at,
+                        granted_at=grant.granted_at,
+                    )
+                )
+        self.pay_debts()
+
+    def close(self, who: str) -> str:
+        """Somebody leaves, and leaves everything behind."""
+        who = self.home(who)
+        if who in self.closed:
+            return "duplicate"
+        self.closed.add(who)
+        return "applied"
 
     # -- what everything is made of -----------------------------------------------------------------------
 
@@ -343,15 +471,23 @@ class Naive:
 
     def release(self, id: str, state: str) -> None:
         """A reservation ends without a result."""
-        del self.reserved[id]
+        hold = self.reserved.pop(id)
         self.work[id].state = state
         self.work[id].counted_on = None
+        self.set_free(hold, hold.pins)
+
+    def set_free(self, hold: Reservation, pins: list[tuple[Granted, int]]) -> None:
+        """What is neither past its time nor owed goes where it belongs by now."""
+        self.expire()
+        self.pay_debts()
+        left = [(grant, min(credits, self.free(grant))) for grant, credits in pins]
+        self.move(hold.who, hold.goes_to, left)
 
     def pass_to(self, now: datetime) -> None:
         """Live through everything that lies behind, moment by moment."""
         while coming := [moment for moment in self.moments() if self.now < moment <= now]:
             self.now = min(coming)
-            for id, hold in list(self.reserved.items()):
+            for id, hold in sorted(self.reserved.items()):
                 if hold.deadline <= self.now:
                     self.release(id, "lapsed")
             self.expire()
@@ -376,6 +512,8 @@ class Naive:
     def register(self, who: str, tier: str | None, zone: tzinfo | None) -> str:
         """Somebody signed up."""
         who = self.home(who)
+        if who in self.closed:
+            return "account_closed"
         before = (who in self.registered, self.tier(who), self.zones.get(who), set(self.welcomed))
         self.registered.add(who)
         if tier:
@@ -395,7 +533,9 @@ class Naive:
 
     def grant(self, who: str, credits: int, pool: str, expires_at: datetime | None) -> str:
         """Credits from an operator."""
-        who = self.home(who)
+        who = self.till(who)
+        if who in self.closed:
+            return "account_closed"
         if self.too_much(who, credits):
             return "invalid_amount"
         self.give(Granted(who, pool, credits, expires_at or NEVER))
@@ -403,7 +543,9 @@ class Naive:
 
     def adjust(self, who: str, credits: int) -> str:
         """A correction of the purchased pool, up or down."""
-        who = self.home(who)
+        who = self.till(who)
+        if who in self.closed:
+            return "account_closed"
         if credits > 0:
             return self.grant(who, credits, "purchased", None)
         purchased = [grant for grant in self.lots(who) if grant.pool == "purchased"]
@@ -418,6 +560,8 @@ class Naive:
     def transfer(self, sender: str, receiver: str, credits: int) -> str:
         """Credits from one to another."""
         sender, receiver = self.home(sender), self.home(receiver)
+        if {sender, receiver} & self.closed:
+            return "account_closed"
         if sender == receiver:
             return "same_account"
         if self.available(sender) < credits:
@@ -436,6 +580,8 @@ class Naive:
     ) -> str:
         """An old system's books, by lines of kind, pool, credits, end, sale, payment and what was paid."""
         who = self.home(who)
+        if who in self.closed:
+            return "account_closed"
         if key in self.imported:
             return "duplicate"
         news = [entry for entry in entries if not self.sold(entry[4])]
@@ -474,6 +620,8 @@ class Naive:
     ) -> str:
         """A pack."""
         who = self.home(who)
+        if who in self.closed:
+            return "account_closed"
         if self.sold(key):
             return "duplicate"
         if self.too_much(who, credits):
@@ -505,6 +653,8 @@ class Naive:
     ) -> str:
         """An invoice, by lines of plan, start, end, quantity and whether it is a trial."""
         who = self.home(who)
+        if who in self.closed:
+            return "account_closed"
         bought = self.put_together(subscription, lines)
         # What an invoice has started before, it does not start again, whatever its lines say now.
         bought = [line for line in bought if not self.started(subscription, line.start, invoice)]
@@ -852,7 +1002,8 @@ class Naive:
     def count(self, id: str) -> None:
         """A generation counts on the day on which it was asked for, where there is a limit."""
         work = self.work[id]
-        if work.counted_on is None and self.tier(work.who) in self.prices.daily_limit:
+        limited = work.member is not None or self.tier(work.who) in self.prices.daily_limit
+        if work.counted_on is None and limited:
             work.counted_on = self.today(work.who)
 
     def request(
@@ -864,29 +1015,38 @@ class Naive:
         units: int,
         claim: int | None,
         seconds: int | None,
+        group: str | None = None,
     ) -> str:
         """Reserve the price of a generation."""
         who = self.home(who)
+        if who in self.closed:
+            return "account_closed"
         price = self.price(kind, model, units, claim)
         if id in self.reserved:
-            hold = self.reserved[id]
-            same = (hold.who, hold.credits) == (who, price)
-            return "duplicate" if same else "invalid_amount"
+            hold, member = self.reserved[id], self.work[id].member
+            same = (hold.who, hold.credits) == (group if member else who, price)
+            return "duplicate" if same and member in {None, who} else "invalid_amount"
         if id in self.work:
             return "hold_closed"
+        payer = self.pays(who, group)
+        if payer is None:
+            return "not_a_member"
+        member = who if payer == group else None
         if price is None:
             return "unknown_price"
         if price > BALANCE_MAX:
             return "invalid_amount"
-        limit = self.prices.daily_limit.get(self.tier(who))
+        limit = self.prices.daily_limit.get(self.tier(who)) if member is None else None
         if limit is not None and self.generated_on(who, self.today(who)) >= limit:
             return "daily_limit"
-        if self.available(who) < price:
+        if member is not None and self.beyond_limit(group, member, price):
+            return "member_limit"
+        if self.available(payer) < price:
             return "insufficient_credits"
         lasts = timedelta(seconds=seconds or self.prices.hold_seconds.get(kind, 900))
-        pins = self.plan_to_take(who, price)
-        self.reserved[id] = Reservation(who, price, self.now + lasts, pins)
-        self.work[id] = Work(who, "held", kind, model, units)
+        pins = self.plan_to_take(payer, price)
+        self.reserved[id] = Reservation(payer, price, self.now + lasts, pins, payer)
+        self.work[id] = Work(payer, "held", kind, model, units, member=member)
         self.count(id)
         return "applied"
 
@@ -898,10 +1058,13 @@ class Naive:
         model: str | None,
         units: int | None,
         claim: int | None,
+        group: str | None = None,
     ) -> str:
         """Take what a generation cost."""
         who = self.home(who)
         work = self.work.get(id)
+        if who in self.closed and (work is None or work.state not in {"held", "completed"}):
+            return "account_closed"
         if work is not None:
             if work.state == "completed":
                 return "duplicate"
@@ -910,18 +1073,28 @@ class Naive:
         if id in self.reserved:
             self.capture(id, cost)
             return "applied"
-        who = work.who if work else who
+        if work is not None and work.kind is not None:  # it was requested once
+            payer, member = self.till(work.who), work.member
+            member = member if payer == work.who else None
+        else:
+            payer = self.pays(who, group)
+            member = who if payer == group else None
+        if payer is None:
+            return "not_a_member"
+        if {payer, member} & self.closed:
+            return "account_closed"
         if cost is None:
             return "unknown_price"
         if cost > BALANCE_MAX:
             return "invalid_amount"
-        if self.available(who) < cost:
+        if self.available(payer) < cost:
             return "insufficient_credits"
         if work is None:
-            self.work[id] = work = Work(who, "completed")
+            self.work[id] = work = Work(payer, "completed")
+        work.who, work.member = payer, member
         self.count(id)
         work.state, work.cost = "completed", cost
-        self.spend(who, cost)
+        self.spend(payer, cost)
         return "applied"
 
     def capture(self, id: str, cost: int | None) -> None:
@@ -933,18 +1106,21 @@ class Naive:
             beyond = 0
         self.spend(hold.who, beyond)
         del self.reserved[id]
-        left = min(cost, hold.credits)
+        left, rest = min(cost, hold.credits), []
         for grant, credits in hold.pins:
-            self.spent.append(Spent(grant, min(credits, left)))
-            left -= min(credits, left)
+            part = min(credits, left)
+            self.spent.append(Spent(grant, part))
+            rest.append((grant, credits - part))
+            left -= part
         work.state, work.cost = "completed", min(cost, hold.credits) + beyond
-        self.expire()
-        self.pay_debts()
+        self.set_free(hold, rest)
 
     def end(self, who: str, id: str, state: str) -> str:
         """A generation ended without a result."""
         who = self.home(who)
         if id not in self.work:
+            if who in self.closed:
+                return "account_closed"
             self.work[id] = Work(who, state)
             return "unknown_hold"
         if self.work[id].state == "completed":
@@ -952,23 +1128,23 @@ class Naive:
         if id not in self.reserved:
             return "duplicate"
         self.release(id, state)
-        self.expire()
-        self.pay_debts()
         return "applied"
 
-    def refund(self, id: str, credits: int | None) -> str:
+    def refund(self, who: str, id: str, credits: int | None) -> str:
         """Give credits of a generation back."""
         work = self.work.get(id)
+        if work is None and self.home(who) in self.closed:
+            return "account_closed"
         if work is None or work.state != "completed":
             return "unknown_hold"
         rest = work.cost - work.refunded
         credits = rest if credits is None else min(credits, rest)
         if credits == 0:
             return "duplicate"
-        if self.too_much(work.who, credits):
+        if self.too_much(self.till(work.who), credits):
             return "invalid_amount"
         work.refunded += credits
-        self.give(Granted(work.who, "purchased", credits))
+        self.give(Granted(self.till(work.who), "purchased", credits))
         return "applied"
 
     # -- bookings -----------------------------------------------------------------------------------------
@@ -976,6 +1152,8 @@ class Naive:
     def book(self, id: str, client: str, practitioner: str, credits: int) -> str:
         """From the client to the practitioner."""
         client, practitioner = self.home(client), self.home(practitioner)
+        if {client, practitioner} & self.closed:
+            return "account_closed"
         if client == practitioner:
             return "same_account"
         known = self.booked.get(id)
@@ -991,9 +1169,11 @@ class Naive:
         self.give(earned)
         return "applied"
 
-    def cancel(self, id: str, credits: int | None) -> str:
+    def cancel(self, id: str, client: str | None, credits: int | None) -> str:
         """Back to the client; what the practitioner has not, the practitioner owes."""
         known = self.booked.get(id)
+        if known is None and client is not None and self.home(client) in self.closed:
+            return "account_closed"
         if known is None:
             self.booked[id] = Booked(None, None, 0)
             return "unknown_booking"

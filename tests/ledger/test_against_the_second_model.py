@@ -16,6 +16,7 @@ from workers.ledger.commands import (
     AdjustCredits,
     BuyPack,
     CancelBooking,
+    CloseAccount,
     Command,
     CompleteGeneration,
     DisputePayment,
@@ -34,6 +35,7 @@ from workers.ledger.commands import (
     RequestGeneration,
     StartPeriods,
     TransferCredits,
+    UpdateOrganisation,
 )
 from workers.ledger.writer import CLOCK
 
@@ -47,6 +49,7 @@ from .actions import (
     aims,
     bookings,
     cancellations,
+    closings,
     completions,
     ends,
     examples,
@@ -57,6 +60,7 @@ from .actions import (
     links,
     merges,
     money_back,
+    organisations,
     packs,
     people,
     refunds,
@@ -66,7 +70,7 @@ from .actions import (
     transfers,
     waits,
 )
-from .kit import START, Ledger, complete, dispute, give_money_back, prove, told
+from .kit import START, Ledger, complete, dispute, give_money_back, prove, terms_of, told
 from .naive import NEVER, Naive, Plan, Prices, Sale
 
 pytestmark = pytest.mark.timeout(180 * TIMES_AS_MANY)
@@ -86,7 +90,7 @@ PRICES = Prices(
         "some_rolls": Plan("pro", 10, rolls_over=3, trial_credits=2),
     },
 )
-CONSERVING = (RequestBooking, CancelBooking, TransferCredits, MergeAccounts)
+CONSERVING = (RequestBooking, CancelBooking, TransferCredits, MergeAccounts, UpdateOrganisation)
 # These remember what came too early, so that it is refused when it comes.
 REMEMBERED = {"unknown_hold", "unknown_booking"}
 
@@ -98,7 +102,13 @@ def ask(naive: Naive, action: Action) -> str:
             zone = ZoneInfo(action.time_zone) if action.time_zone else None
             return naive.register(action.account, action.tier, zone)
         case LinkIdentities():
-            return "applied"
+            return "account_closed" if naive.home(action.account) in naive.closed else "applied"
+        case UpdateOrganisation():
+            return naive.tell_of_group(
+                action.account, action.mode, [tuple(one) for one in action.members], action.as_of
+            )
+        case CloseAccount():
+            return naive.close(action.account)
         case GrantCredits():
             return naive.grant(action.account, action.credits, action.pool, action.expires_at)
         case AdjustCredits():
@@ -164,6 +174,7 @@ def ask(naive: Naive, action: Action) -> str:
                 action.units,
                 action.credits,
                 action.hold_seconds,
+                action.organization_id and f"org:{action.organization_id}",
             )
         case CompleteGeneration():
             return naive.complete(
@@ -173,15 +184,16 @@ def ask(naive: Naive, action: Action) -> str:
                 action.model,
                 action.units,
                 action.credits,
+                action.organization_id and f"org:{action.organization_id}",
             )
         case EndGeneration():
             return naive.end(action.account, action.generation_id, action.state)
         case RefundGeneration():
-            return naive.refund(action.generation_id, action.credits)
+            return naive.refund(action.account, action.generation_id, action.credits)
         case RequestBooking():
             return naive.book(action.booking_id, action.client, action.practitioner, action.credits)
         case CancelBooking():
-            return naive.cancel(action.booking_id, action.credits)
+            return naive.cancel(action.booking_id, action.client, action.credits)
     raise AssertionError(action)
 
 
@@ -266,6 +278,17 @@ class BothModels(RuleBasedStateMachine):
     @rule(action=merges, rarely=st.integers(0, 2))
     def merge(self, action: Action, rarely: int) -> None:
         """Two turn out to be one person; at least two stay."""
+        if rarely == 0:
+            self.both(action)
+
+    @rule(action=organisations)
+    def tell_of_an_organisation(self, action: Action) -> None:
+        """An organisation gets members, loses them, becomes a mirror or is shared."""
+        self.both(action)
+
+    @rule(action=closings, rarely=st.integers(0, 4))
+    def close(self, action: Action, rarely: int) -> None:
+        """Somebody leaves."""
         if rarely == 0:
             self.both(action)
 
@@ -432,7 +455,8 @@ class BothModels(RuleBasedStateMachine):
                 (grant.pool, naive.left(grant), naive.pinned(grant), grant.expires_at)
                 for grant in naive.lots(who)
             ], who
-            assert account.state == ("merged" if who in naive.merged else "open"), who
+            state = "closed" if who in naive.closed else "open"
+            assert account.state == ("merged" if who in naive.merged else state), who
             if account.state == "merged":
                 assert account.lots == []
                 assert self.home(seen, who) == naive.home(who)
@@ -447,6 +471,12 @@ class BothModels(RuleBasedStateMachine):
                 work.refunded,
                 work.counted_on,
             ), id
+            member = work.member and work.member.removeprefix("user:")
+            assert (now.member_id is None) == (member is None), id
+            if now.state == "held":
+                hold = naive.reserved[id]
+                assert (now.account_id, now.member_id) == (hold.who, member), id
+                assert (now.released_to or now.account_id) == hold.goes_to, id
         purchases = {**self.ledger.purchases, **seen.purchases}
         assert {
             key: (row.credits, row.clawed)
@@ -460,6 +490,30 @@ class BothModels(RuleBasedStateMachine):
         } == {
             yearly.key: (yearly.who, yearly.credits, naive.next_month(yearly))
             for yearly in naive.yearly
+        }
+        assert {
+            key: (row.mode, row.as_of, terms_of(row))
+            for key, row in self.ledger.organisations.items()
+        } == {
+            name.removeprefix("org:"): (
+                group.mode,
+                group.told_at,
+                {
+                    who: {"limit_credits": limit, "period": period}
+                    for who, (limit, period) in group.people.items()
+                },
+            )
+            for name, group in naive.groups.items()
+        }
+        shares = {**self.ledger.member_usage, **seen.member_usage}
+        assert {
+            (row.account_id, f"user:{row.member_id}", row.day): (row.held, row.captured)
+            for row in shares.values()
+            if row.held or row.captured
+        } == {
+            key: naive.in_use(*key)
+            for key in {(work.who, work.member, work.counted_on) for work in naive.work.values()}
+            if key[1] is not None and any(naive.in_use(*key))
         }
         today = self.ledger.now.astimezone(UTC).date()
         for days in (-1, 0, 1):

@@ -1,6 +1,6 @@
 """Bookings: one atomic transfer, and its reversal in whole or in part (R6)."""
 
-from workers.ledger.commands import CancelBooking, RequestBooking
+from workers.ledger.commands import Action, CancelBooking, RequestBooking
 from workers.ledger.grants import too_much
 from workers.ledger.model import Booking
 from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
@@ -43,6 +43,11 @@ def request_booking(writer: Writer, action: RequestBooking, transaction: Transac
         fresh=True,
     )
     return APPLIED
+
+
+def finishes(writer: Writer, action: Action) -> bool:
+    """Whether a command only gives back what was booked: a closed account is no reason to refuse it."""
+    return isinstance(action, CancelBooking) and action.booking_id in writer.state.bookings
 
 
 def cancel_booking(writer: Writer, action: CancelBooking, transaction: Transaction) -> Outcome:

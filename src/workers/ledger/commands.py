@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, TypeAlias
 Pool: TypeAlias = Literal["subscription", "purchased"]
 RefundStatus: TypeAlias = Literal["pending", "succeeded", "failed"]
 DisputeStep: TypeAlias = Literal["inquiry", "opened", "withdrawn", "reinstated", "won", "lost"]
+OrganisationMode: TypeAlias = Literal["mirror", "shared"]
+LimitPeriod: TypeAlias = Literal["day", "week", "month"]
 ImportedKind: TypeAlias = Literal[
     "import",
     "signup_grant",
@@ -207,6 +209,36 @@ class StartPeriods:
     references: dict[str, str] = field(default_factory=dict)
 
 
+class MemberTerms(NamedTuple):
+    """A member as `organization.updated` names it: at most `limit` credits in each `period`; None is no limit."""
+
+    account: str
+    limit: int | None = None
+    period: LimitPeriod | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOrganisation:
+    """The whole state of an organisation as of a moment (R15); what is older than what is known changes nothing."""
+
+    organisation: str
+    mode: OrganisationMode
+    members: tuple[MemberTerms, ...]
+    as_of: datetime
+
+    @property
+    def account(self) -> str:
+        """The organisation's own account."""
+        return f"org:{self.organisation}"
+
+
+@dataclass(frozen=True, slots=True)
+class CloseAccount:
+    """The owner leaves: nothing new is accepted, what is open finishes, the credits stay."""
+
+    account: str
+
+
 class AsOf(NamedTuple):
     """When something was so: Stripe's time has a resolution of a second, so the kind of event and its id decide ties."""
 
@@ -367,6 +399,8 @@ Action: TypeAlias = (
     | RefundGeneration
     | RequestBooking
     | CancelBooking
+    | UpdateOrganisation
+    | CloseAccount
     | Settle
 )
 

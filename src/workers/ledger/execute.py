@@ -12,6 +12,7 @@ from workers.ledger import (
     grants,
     imports,
     merges,
+    organisations,
     payments,
     periods,
     subscriptions,
@@ -22,6 +23,7 @@ from workers.ledger.commands import (
     AdjustCredits,
     BuyPack,
     CancelBooking,
+    CloseAccount,
     Command,
     CompleteGeneration,
     DisputePayment,
@@ -42,6 +44,7 @@ from workers.ledger.commands import (
     Settle,
     StartPeriods,
     TransferCredits,
+    UpdateOrganisation,
     accounts_of,
 )
 from workers.ledger.model import Alert, Decided, Entry, Ids, Snapshot
@@ -124,6 +127,13 @@ def _settle(writer: Writer, action: Settle) -> Outcome:
 
 
 def _closed(writer: Writer, action: Action) -> Rejected | None:
+    """A closed account accepts nothing new; what only finishes what is open is not asked."""
+    if (
+        isinstance(action, CloseAccount)
+        or generations.finishes(writer, action)
+        or bookings.finishes(writer, action)
+    ):
+        return None
     for account_id in accounts_of(action):
         if writer.account(account_id).state != "open":
             return Rejected("account_closed", account_id)
@@ -159,6 +169,10 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             return grants.buy_pack(writer, action, transaction)
         case MergeAccounts():
             return merges.merge_accounts(writer, action, transaction)
+        case UpdateOrganisation():
+            return organisations.update_organisation(writer, action, transaction)
+        case CloseAccount():
+            return grants.close_account(writer, action)
         case ImportCredits():
             return imports.import_credits(writer, action, transaction)
         case StartPeriods():
@@ -179,7 +193,7 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             assert_never(action)
 
 
-def references_of(action: Action) -> dict[str, str]:
+def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - flat: each action and what it names
     """The business ids that an entry's cause names."""
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
@@ -190,6 +204,8 @@ def references_of(action: Action) -> dict[str, str]:
             return action.references
         case MergeAccounts():
             return {"merged_account": action.source, "merged_into": action.target}
+        case UpdateOrganisation():
+            return {"organization_id": action.organisation}
         case RecordSubscription():
             return {"subscription_id": action.subscription_id}
         case PayInvoice():

@@ -2,7 +2,9 @@
 
 from datetime import timedelta
 
+from workers.ledger import organisations
 from workers.ledger.commands import (
+    Action,
     CompleteGeneration,
     EndGeneration,
     RefundGeneration,
@@ -22,17 +24,20 @@ def request_generation(
     known = _known(writer, action.generation_id)
     price = _price(writer, action.kind, action.model, action.units, action.credits)
     if known is not None:
-        return _repeated_request(writer, account, known, price)
-    if action.organization_id is not None:
-        # R15: no organisation has members yet, so every spender is a stranger to it.
+        return _repeated_request(writer, account, known, price, action.organization_id)
+    payer = organisations.payer_of(writer, account, action.organization_id)
+    if payer is None:
         return Rejected("not_a_member", account.account_id, price, account.available)
+    account = payer.account
     if price is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if price > BALANCE_MAX:
         return Rejected("invalid_amount", account.account_id, price, account.available)
-    limit = writer.catalogue.daily_generations(account.tier)
-    if limit is not None and writer.usage(account.account_id).generations >= limit:
-        return Rejected("daily_limit", account.account_id, price, account.available)
+    refused = _beyond_daily_limit(writer, payer, price) or organisations.beyond_limit(
+        writer, payer, price
+    )
+    if refused is not None:
+        return refused
     if account.available < price:
         return Rejected("insufficient_credits", account.account_id, price, account.available)
 
@@ -41,6 +46,7 @@ def request_generation(
     generation = Generation(
         generation_id=action.generation_id,
         account_id=account.account_id,
+        member_id=payer.member_id,
         state="held",
         kind=action.kind,
         model=action.model,
@@ -53,18 +59,40 @@ def request_generation(
     )
     writer.state.generations[action.generation_id] = generation
     writer.count_generation(account, generation)
-    writer.write(
-        account, "generation_hold", [Move(move.lot, 0, -move.amount) for move in taken], transaction
-    )
+    moves = [Move(move.lot, 0, -move.amount) for move in taken]
+    writer.write(account, "generation_hold", moves, transaction, member_id=payer.member_id)
     return APPLIED
 
 
+def _beyond_daily_limit(writer: Writer, payer: organisations.Payer, price: int) -> Rejected | None:
+    """R14. It does not limit what an organisation pays: a person's tier says what that person gets for nothing, and a
+    colleague on the free tier must not be kept from credits that his organisation bought. Its credits and the member's
+    limit decide there (R15).
+    """
+    account = payer.account
+    limit = writer.catalogue.daily_generations(account.tier)
+    if payer.member_id is not None or limit is None:
+        return None
+    if writer.usage(account.account_id).generations < limit:
+        return None
+    return Rejected("daily_limit", account.account_id, price, account.available)
+
+
 def _repeated_request(
-    writer: Writer, account: Account, known: Generation, price: int | None
+    writer: Writer,
+    account: Account,
+    known: Generation,
+    price: int | None,
+    organization_id: str | None,
 ) -> Outcome:
+    """Who left an organisation, or sees it change its mode, repeats himself all the same."""
     if known.state != "held" or known.account_id is None:
         return Rejected("hold_closed", account.account_id, price, account.available)
-    if writer.account(known.account_id) is account and known.held == price:
+    requester, organisation = known.account_id, None
+    if known.member_id is not None:
+        requester, organisation = f"user:{known.member_id}", known.account_id
+    same_payer = organisation is None or organisation == f"org:{organization_id}"
+    if writer.heir(requester) == account.account_id and same_payer and known.held == price:
         return DUPLICATE
     return Rejected("invalid_amount", account.account_id, price, account.available)
 
@@ -80,9 +108,13 @@ def complete_generation(
     if known is not None and known.state == "held":
         return _capture(writer, known, cost or known.held, transaction)
 
-    account = writer.account((known.account_id if known else None) or action.account)
-    if action.organization_id is not None:
-        return Rejected("not_a_member", account.account_id, cost, account.available)
+    payer = _payer(writer, action, known)
+    if payer is None:
+        stranger = writer.account(action.account)
+        return Rejected("not_a_member", stranger.account_id, cost, stranger.available)
+    account = payer.account
+    if organisations.closed(writer, payer):
+        return Rejected("account_closed", account.account_id, cost, account.available)
     if cost is None:
         return Rejected("unknown_price", account.account_id, None, account.available)
     if cost > BALANCE_MAX:
@@ -99,13 +131,25 @@ def complete_generation(
         recorded_at=writer.now,
         fresh=True,
     )
-    generation.account_id = account.account_id
+    generation.account_id, generation.member_id = account.account_id, payer.member_id
     writer.state.generations[action.generation_id] = generation
-    writer.count_generation(account, generation)
     writer.close_hold(generation, "completed")
     generation.taken = cost
-    writer.write(account, "generation_debit", writer.take(account, cost), transaction)
+    writer.count_generation(account, generation)
+    moves = writer.take(account, cost)
+    writer.write(account, "generation_debit", moves, transaction, member_id=payer.member_id)
     return APPLIED
+
+
+def _payer(
+    writer: Writer, action: CompleteGeneration, known: Generation | None
+) -> organisations.Payer | None:
+    """Whoever was to pay when it was requested; where nobody requested it, whom the completion names."""
+    if known is None or known.account_id is None or known.kind is None:
+        account = writer.account(action.account)
+        return organisations.payer_of(writer, account, action.organization_id)
+    account = organisations.home(writer, known.account_id)
+    return organisations.Payer(account, organisations.member_of(writer, known, account))
 
 
 def _cost(writer: Writer, action: CompleteGeneration, known: Generation | None) -> int | None:
@@ -146,19 +190,20 @@ def _capture(
         excess = 0
     captured = min(cost, held)
     extra = {move.lot.lot_id: move for move in writer.take(account, excess)}
-    moves, lots, left = [], [], captured
+    moves, released, left = [], [], captured
     for pin in generation.pinned:
         part = min(pin.credits, left)
         left -= part
         lot = writer.lot(pin.lot_id)
-        lots.append(lot)
+        released.append((lot, pin.credits - part))
         # A lot may give both what it held and a part of the excess; the entry names it once.
         more = extra.pop(pin.lot_id, None)
         moves.append(Move(lot, (more.amount if more else 0) - part, -pin.credits))
-    generation.taken = captured + excess
+    generation.taken, to = captured + excess, generation.released_to
     writer.close_hold(generation, "completed")
-    writer.write(account, "generation_capture", [*moves, *extra.values()], transaction)
-    writer.after_release(account, lots, transaction)
+    moves += extra.values()
+    writer.write(account, "generation_capture", moves, transaction, member_id=generation.member_id)
+    writer.after_release(account, released, transaction, to=to)
     return APPLIED
 
 
@@ -180,11 +225,11 @@ def end_generation(writer: Writer, action: EndGeneration, transaction: Transacti
     if known.state != "held":
         return DUPLICATE
     account = writer.account(known.account_id or action.account)
-    lots = [writer.lot(pin.lot_id) for pin in known.pinned]
+    released, to = writer.pinned(known), known.released_to
     moves = writer.unpin(known)
     writer.close_hold(known, action.state)
-    writer.write(account, "generation_release", moves, transaction)
-    writer.after_release(account, lots, transaction)
+    writer.write(account, "generation_release", moves, transaction, member_id=known.member_id)
+    writer.after_release(account, released, transaction, to=to)
     return APPLIED
 
 
@@ -199,16 +244,34 @@ def refund_generation(
     credits = min(action.credits or left, left)
     if credits == 0:
         return DUPLICATE
-    account = writer.account(known.account_id)
+    account = organisations.home(writer, known.account_id)
     if too_much(account, credits):
         return Rejected("invalid_amount", account.account_id, credits)
     known.given_back += credits
     known.changed = True
     reference = f"generation:{known.generation_id}"
     writer.grant(
-        account, "generation_refund", "purchased", credits, transaction, reference=reference
+        account,
+        "generation_refund",
+        "purchased",
+        credits,
+        transaction,
+        reference=reference,
+        member_id=organisations.member_of(writer, known, account),
     )
     return APPLIED
+
+
+def finishes(writer: Writer, action: Action) -> bool:
+    """Whether a command only finishes what is open or over: a closed account is no reason to refuse it."""
+    match action:
+        case CompleteGeneration():
+            known = _known(writer, action.generation_id)
+            return known is not None and known.state in ("held", "completed")
+        case EndGeneration() | RefundGeneration():
+            return action.generation_id in writer.state.generations
+        case _:
+            return False
 
 
 def _known(writer: Writer, generation_id: str) -> Generation | None:

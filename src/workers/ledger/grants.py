@@ -1,10 +1,11 @@
 """Credits in, and moves without a generation or booking: sign-up, packs, grants, adjustments, transfers."""
 
-from workers.ledger import payments
+from workers.ledger import organisations, payments
 from workers.ledger.catalogue import CREDITS_MAX
 from workers.ledger.commands import (
     AdjustCredits,
     BuyPack,
+    CloseAccount,
     GrantCredits,
     RegisterUser,
     TransferCredits,
@@ -44,9 +45,20 @@ def register_user(writer: Writer, action: RegisterUser, transaction: Transaction
     return APPLIED if news else DUPLICATE
 
 
+def close_account(writer: Writer, action: CloseAccount) -> Outcome:
+    """From now on nothing new is accepted; what is open finishes, and the credits stay. There is nothing to journal."""
+    account = writer.account(action.account)
+    if account.state == "closed":
+        return DUPLICATE
+    account.state, account.changed = "closed", True
+    return APPLIED
+
+
 def grant_credits(writer: Writer, action: GrantCredits, transaction: Transaction) -> Outcome:
     """A grant by an operator or a service, into the pool that it names."""
-    account = writer.account(action.account)
+    account = organisations.home(writer, action.account)
+    if account.state != "open":
+        return Rejected("account_closed", account.account_id, action.credits)
     if too_much(account, action.credits):
         return Rejected("invalid_amount", account.account_id, action.credits, account.available)
     writer.grant(
@@ -63,7 +75,9 @@ def grant_credits(writer: Writer, action: GrantCredits, transaction: Transaction
 
 def adjust_credits(writer: Writer, action: AdjustCredits, transaction: Transaction) -> Outcome:
     """A signed correction in the purchased pool; a debit takes purchased credits only."""
-    account = writer.account(action.account)
+    account = organisations.home(writer, action.account)
+    if account.state != "open":
+        return Rejected("account_closed", account.account_id, action.credits)
     if action.credits > 0:
         if too_much(account, action.credits):
             return Rejected("invalid_amount", account.account_id, action.credits, account.available)

@@ -2,6 +2,7 @@
 
 from workers.ledger.commands import Link, MergeAccounts
 from workers.ledger.model import Account, Alert
+from workers.ledger.organisations import hand_over_memberships, hand_over_releases
 from workers.ledger.outcomes import APPLIED, Outcome, Rejected
 from workers.ledger.subscriptions import NO_SUBSCRIPTION, tier_of
 from workers.ledger.writer import Move, Transaction, Writer
@@ -78,7 +79,7 @@ def _forward(writer: Writer, source: Account, target: Account) -> None:
 
 
 def _hand_over(writer: Writer, source: Account, target: Account) -> None:
-    """What else is the source's: holds, the day's counts, subscriptions, months to come."""
+    """What else is the source's: holds, the day's counts, memberships, subscriptions, months to come."""
     for generation in writer.state.generations.values():
         if generation.state == "held" and generation.account_id == source.account_id:
             generation.account_id, generation.changed = target.account_id, True
@@ -88,6 +89,8 @@ def _hand_over(writer: Writer, source: Account, target: Account) -> None:
             taken_over.generations += usage.generations
             usage.generations = 0
             taken_over.changed = usage.changed = True
+    hand_over_memberships(writer, source, target)
+    hand_over_releases(writer, source, target)
     for subscription in writer.state.subscriptions.values():
         if subscription.account_id == source.account_id:
             subscription.account_id, subscription.changed = target.account_id, True

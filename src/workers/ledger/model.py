@@ -14,7 +14,15 @@ from uuid import UUID
 
 import orjson
 
-from workers.ledger.commands import AsOf, CommandKey, DisputeStep, Pool, RefundStatus
+from workers.ledger.commands import (
+    AsOf,
+    CommandKey,
+    DisputeStep,
+    LimitPeriod,
+    OrganisationMode,
+    Pool,
+    RefundStatus,
+)
 
 Kind: TypeAlias = Literal[
     "signup_grant",
@@ -150,7 +158,11 @@ class Pinned(NamedTuple):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Generation:
-    """A generation's life; while its state is `held` it is the reservation (R5)."""
+    """A generation's life; while its state is `held` it is the reservation (R5).
+
+    `member_id` is who generates, without `user:`, where an organisation pays (R15). `released_to` is the account to which
+    what the hold releases goes, where that is not the one that holds: its organisation changed its mode meanwhile.
+    """
 
     generation_id: str
     account_id: str | None
@@ -166,6 +178,7 @@ class Generation:
     taken: int = 0
     given_back: int = 0
     counted_on: date | None = None
+    released_to: str | None = None
     fresh: bool = False
     changed: bool = False
 
@@ -336,6 +349,43 @@ class Usage:
     changed: bool = False
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """A member's terms: at most `limit_credits` in each `period`, of held and captured credits; None is no limit (R15)."""
+
+    limit_credits: int | None = None
+    period: LimitPeriod | None = None
+    changed: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Organisation:
+    """Who belongs to an organisation, by account, as of its latest event; `left` are members whose rows go (R15).
+
+    Of `members` those are loaded whom a batch names; all of them where it tells of the organisation or where it is a mirror.
+    """
+
+    organization_id: str
+    mode: OrganisationMode
+    as_of: datetime
+    recorded_at: datetime
+    members: dict[str, Member] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+    changed: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class MemberUsage:
+    """What a member has of an organisation's credits in use, by the day of the request (R15): `held`, and `captured`."""
+
+    account_id: str
+    member_id: str
+    day: date
+    held: int = 0
+    captured: int = 0
+    changed: bool = False
+
+
 class Decided(NamedTuple):
     """What the ledger remembers of a command: enough to know a repeat from a conflict."""
 
@@ -433,7 +483,8 @@ class Snapshot:
     """Everything a batch of commands touches, loaded under its locks. `execute` owns and changes it.
 
     `usage` holds the accounts' counters of yesterday, today and tomorrow (UTC), whatever their zones, and of the
-    days on which the loaded generations were counted.
+    days on which the loaded generations were counted. `member_usage` holds those of the month and of the week for the
+    members that the batch names.
     """
 
     accounts: dict[str, Account] = field(default_factory=dict)
@@ -445,6 +496,8 @@ class Snapshot:
     payments: dict[str, Payment] = field(default_factory=dict)
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     usage: dict[tuple[str, date], Usage] = field(default_factory=dict)
+    organisations: dict[str, Organisation] = field(default_factory=dict)
+    member_usage: dict[tuple[str, str, date], MemberUsage] = field(default_factory=dict)
     decided: dict[CommandKey, Decided] = field(default_factory=dict)
 
 

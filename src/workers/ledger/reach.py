@@ -25,6 +25,7 @@ from workers.ledger.commands import (
     RequestGeneration,
     Settle,
     StartPeriods,
+    UpdateOrganisation,
     accounts_of,
 )
 from workers.ledger.periods import period_key
@@ -33,7 +34,8 @@ from workers.ledger.periods import period_key
 @dataclass(slots=True)
 class Reach:
     """Names only; business objects may add accounts. `money` are Stripe's ids of payments, charges and invoices;
-    `merging` are accounts of which even that is needed which no command names.
+    `merging` are accounts of which even that is needed which no command names. `modes` are those that organisations are
+    said to have, and `mirrored` the members of those that are said to be mirrors.
     """
 
     accounts: set[str] = field(default_factory=set)
@@ -44,6 +46,9 @@ class Reach:
     purchase_keys: set[str] = field(default_factory=set)
     subscription_ids: set[str] = field(default_factory=set)
     money: set[str] = field(default_factory=set)
+    organisations: set[str] = field(default_factory=set)
+    modes: dict[str, set[str]] = field(default_factory=dict)
+    mirrored: set[str] = field(default_factory=set)
 
 
 def reach_of(commands: Iterable[Command], catalogue: Catalogue) -> Reach:
@@ -62,10 +67,13 @@ def reach_of(commands: Iterable[Command], catalogue: Catalogue) -> Reach:
     return reach
 
 
-def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C901 - flat: each action and what it reads
+def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C901, PLR0912 - flat: each action and what it reads
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
             reach.generation_ids.add(action.generation_id)
+            organisation = getattr(action, "organization_id", None)
+            if organisation is not None:
+                reach.organisations.add(organisation)
         case RequestBooking() | CancelBooking():
             reach.booking_ids.add(action.booking_id)
         case BuyPack():
@@ -83,6 +91,14 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
             _add_money(reach, *_names(action.payment), action.invoice_id)
         case RefundPayment() | RefundCharge() | DisputePayment():
             _add_money(reach, *_names(action.payment))
+        case UpdateOrganisation():
+            reach.organisations.add(action.organisation)
+            reach.modes.setdefault(action.organisation, set()).add(action.mode)
+            members = {member.account for member in action.members}
+            # Locked, so that nobody is merged into another while he becomes a member.
+            reach.accounts.update(members)
+            if action.mode == "mirror":
+                reach.mirrored.update(members)
         case MergeAccounts():
             reach.merging.update((action.source, action.target))
         case ImportCredits():

@@ -12,26 +12,47 @@ from workers.ledger.writer import Writer, by_time
 
 
 def settle(writer: Writer, account: Account) -> None:
-    """Release what lapsed, grant the months that began, expire what is past its time."""
-    falling_due: list[tuple[datetime, int, str, Generation | Allocation]] = [
-        (generation.deadline_at or writer.now, 0, generation.generation_id, generation)
-        for generation in account.due
-        if generation.state == "held"
-    ]
-    for allocation in account.allocations:
-        month, instant = allocation.next_month, allocation.next_at
-        while instant is not None and instant <= writer.now:
-            falling_due.append((instant, 1, allocation.allocation_key, allocation))
-            month += 1
-            instant = allocation.instant(month)
-    for _, _, _, due in sorted(falling_due, key=lambda item: item[:3]):
+    """Release what lapsed, grant the months that began, expire what is past its time. Accounts between which lapsed holds
+    move credits (R15) are settled together.
+    """
+    together = _linked(writer, account)
+    falling_due: list[tuple[datetime, int, str, Generation | Allocation, Account]] = []
+    for one in together:
+        one.settled = True
+        for generation in one.due:
+            if generation.state == "held":
+                deadline = generation.deadline_at or writer.now
+                falling_due.append((deadline, 0, generation.generation_id, generation, one))
+        for allocation in one.allocations:
+            month, instant = allocation.next_month, allocation.next_at
+            while instant is not None and instant <= writer.now:
+                falling_due.append((instant, 1, allocation.allocation_key, allocation, one))
+                month += 1
+                instant = allocation.instant(month)
+    for _, _, _, due, owner in sorted(falling_due, key=lambda item: item[:3]):
         if isinstance(due, Generation):
-            _lapse(writer, account, due)
+            _lapse(writer, owner, due)
         else:
-            _grant_month(writer, account, due)
-    for lot in list(account.lots):
-        writer.expire(account, lot, writer.now)
-    account.plan_months()
+            _grant_month(writer, owner, due)
+    for one in together:
+        for lot in list(one.lots):
+            writer.expire(one, lot, writer.now)
+        one.plan_months()
+
+
+def _linked(writer: Writer, account: Account) -> list[Account]:
+    """The account and those that lapsed holds link it with, directly or through others, by id."""
+    if not writer.following:
+        return [account]
+    found, news = {account.account_id: account}, [account.account_id]
+    while news:
+        name = news.pop()
+        for holder, receiver in writer.following:
+            pair = {writer.heir(holder), writer.heir(receiver)}
+            for other in pair - found.keys() if name in pair else ():
+                found[other] = writer.state.accounts[other]
+                news.append(other)
+    return [found[name] for name in sorted(found)]
 
 
 def _lapse(writer: Writer, account: Account, generation: Generation) -> None:
@@ -39,10 +60,11 @@ def _lapse(writer: Writer, account: Account, generation: Generation) -> None:
     deadline = generation.deadline_at or writer.now
     references = {"generation_id": generation.generation_id}
     transaction = by_time(account, "hold.deadline", generation.generation_id, deadline, references)
-    lots = [writer.lot(pin.lot_id) for pin in generation.pinned]
-    writer.write(account, "generation_release", writer.unpin(generation), transaction)
+    released, to = writer.pinned(generation), generation.released_to
+    moves, member_id = writer.unpin(generation), generation.member_id
+    writer.write(account, "generation_release", moves, transaction, member_id=member_id)
     writer.close_hold(generation, "lapsed")
-    writer.after_release(account, lots, transaction, released_at=deadline)
+    writer.after_release(account, released, transaction, to=to, released_at=deadline)
 
 
 def _grant_month(writer: Writer, account: Account, allocation: Allocation) -> None:

@@ -5,14 +5,14 @@ nothing is negative, versions have no gaps, and each entry hangs on the one befo
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Pool
+from workers.ledger.commands import Cause, LimitPeriod, Pool
 from workers.ledger.linked import Linked
 from workers.ledger.model import (
     Account,
@@ -24,6 +24,7 @@ from workers.ledger.model import (
     Kind,
     Lot,
     LotMove,
+    MemberUsage,
     Purchase,
     Snapshot,
     Usage,
@@ -100,10 +101,17 @@ class Writer:
     alerts: list[Alert] = field(default_factory=list)
     merged: dict[str, str] = field(default_factory=dict)
     linked: Linked = field(init=False)
+    following: list[tuple[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Link payments to what they bought, once for the batch."""
+        """Link payments to what they bought, and accounts between which lapsed holds move credits, once for the batch."""
         self.linked = Linked.of(self.state)
+        self.following = [
+            (due.account_id, due.released_to)
+            for account in self.state.accounts.values()
+            for due in account.due
+            if due.account_id is not None and due.released_to is not None
+        ]
 
     def account(self, account_id: str) -> Account:
         """The account, settled; its heir if it was merged (R13). Raises InvariantViolated when it was not loaded."""
@@ -134,6 +142,7 @@ class Writer:
         transaction: Transaction,
         *,
         debt: int = 0,
+        member_id: str | None = None,
     ) -> Entry:
         """Apply moves to lots and account, and journal them as the account's next version (R9)."""
         before = account.balance
@@ -173,7 +182,7 @@ class Writer:
             held_after=account.held,
             debt_after=account.debt,
             moves=tuple(stored),
-            member_id=None,
+            member_id=member_id,
             cause=transaction.published(),
             topic=cause.topic,
             partition=cause.partition,
@@ -298,6 +307,7 @@ class Writer:
         period_start: datetime | None = None,
         carried: Iterable[Move] = (),
         granted_at: datetime | None = None,
+        member_id: str | None = None,
     ) -> Lot:
         """Make a lot and pay the debt from it (R7). `carried` are unheld credits that older lots hand over (R4);
         `granted_at` is when they fell due, now if none is given: what was alive then pays before it expires.
@@ -315,7 +325,8 @@ class Writer:
             period_start=period_start,
             granted_at=granted_at,
         )
-        self.write(account, kind, (*carried, Move(lot, total, 0)), transaction)
+        moves = (*carried, Move(lot, total, 0))
+        self.write(account, kind, moves, transaction, member_id=member_id)
         self.expire(account, lot, granted_at or self.now)
         self.pay_debt(account, transaction)
         return lot
@@ -350,6 +361,10 @@ class Writer:
                 account, "debt_payment", self.take(account, payment), transaction, debt=-payment
             )
 
+    def pinned(self, generation: Generation) -> list[tuple[Lot, int]]:
+        """The lots that a hold pins, and how many credits of each."""
+        return [(self.lot(pin.lot_id), pin.credits) for pin in generation.pinned]
+
     def unpin(self, generation: Generation) -> list[Move]:
         """Plan to release every credit that a hold pinned."""
         return [Move(self.lot(pin.lot_id), 0, -pin.credits) for pin in generation.pinned]
@@ -364,15 +379,53 @@ class Writer:
     def after_release(
         self,
         account: Account,
-        lots: Iterable[Lot],
+        released: Sequence[tuple[Lot, int]],
         transaction: Transaction,
         *,
+        to: str | None,
         released_at: datetime | None = None,
     ) -> None:
-        """What a release sets free may be past its time at that moment, now if none is given, or owed (R4, R7)."""
-        for lot in lots:
+        """What a release sets free may be past its time at that moment, now if none is given, or owed (R4, R7); what is left
+        of it goes `to` another account where an organisation changed its mode (R15).
+        """
+        for lot, _ in released:
             self.expire(account, lot, released_at or self.now)
         self.pay_debt(account, transaction)
+        receiver = self.account(to) if to is not None else account
+        if receiver is not account:
+            left = [(lot, min(credits, lot.unheld)) for lot, credits in released]
+            self.hand_over(account, receiver, left, transaction)
+
+    def hand_over(
+        self,
+        giver: Account,
+        receiver: Account,
+        parts: Iterable[tuple[Lot, int]],
+        transaction: Transaction,
+    ) -> None:
+        """Move unheld credits to another account as they are: each part becomes a lot of the same pool, end, age and
+        reference there (R15). The subscription stays behind: its renewals must not reach them.
+        """
+        parts = [(lot, credits) for lot, credits in parts if credits > 0]
+        if not parts:
+            return
+        leaving = [Move(lot, -credits, 0) for lot, credits in parts]
+        self.write(giver, "transfer", leaving, transaction)
+        arriving = []
+        for position, (lot, credits) in enumerate(parts):
+            made = self.new_lot(
+                receiver,
+                "transfer",
+                lot.pool,
+                credits,
+                reference=lot.source_reference,
+                expires_at=lot.expires_at,
+                granted_at=lot.granted_at,
+            )
+            made.position = position
+            arriving.append(Move(made, credits, 0))
+        self.write(receiver, "transfer", arriving, transaction)
+        self.pay_debt(receiver, transaction)
 
     def expire(self, account: Account, lot: Lot, moment: datetime) -> None:
         """Take the unheld remainder of a lot that is past its time at a moment (R4); nothing left: no entry."""
@@ -432,21 +485,30 @@ class Writer:
     # -- bookkeeping of generations, shared by their decisions and by time -------------------------------------
 
     def close_hold(self, generation: Generation, state: GenerationState) -> None:
-        """End a reservation; any end but completion gives the day's count back (R14)."""
+        """End a reservation; any end but completion gives the day's count back (R14, R15)."""
+        self._uncount(generation, state)
         generation.state = state
         generation.held = 0
         generation.pinned = ()
         generation.deadline_at = None
+        generation.released_to = None
         generation.recorded_at = self.now
         generation.changed = True
-        if (
-            state != "completed"
-            and generation.counted_on is not None
-            and generation.account_id is not None
-        ):
-            usage = self.usage(generation.account_id, generation.counted_on)
+
+    def _uncount(self, generation: Generation, state: GenerationState) -> None:
+        account_id, day = generation.account_id, generation.counted_on
+        if account_id is None or day is None:
+            return
+        if generation.member_id is not None:
+            share = self.member_usage(account_id, generation.member_id, day)
+            share.held -= generation.held
+            share.captured += generation.taken if state == "completed" else 0
+            share.changed = True
+        elif state != "completed":
+            usage = self.usage(account_id, day)
             usage.generations -= 1
             usage.changed = True
+        if state != "completed":
             generation.counted_on = None
 
     def usage(self, account_id: str, day: date | None = None) -> Usage:
@@ -455,9 +517,35 @@ class Writer:
             day = self.now.astimezone(self.state.accounts[account_id].zone).date()
         return self.state.usage.setdefault((account_id, day), Usage(account_id=account_id, day=day))
 
+    def member_usage(self, account_id: str, member_id: str, day: date | None = None) -> MemberUsage:
+        """A member's counter of a day; of the organisation's own today when none is given."""
+        if day is None:
+            day = self.now.astimezone(self.state.accounts[account_id].zone).date()
+        return self.state.member_usage.setdefault(
+            (account_id, member_id, day),
+            MemberUsage(account_id=account_id, member_id=member_id, day=day),
+        )
+
+    def used_in(self, account: Account, member_id: str, period: LimitPeriod) -> int:
+        """What a member has used of an organisation's credits today, or since Monday, or since the first (R15)."""
+        today = self.now.astimezone(account.zone).date()
+        since = {"day": 0, "week": today.weekday(), "month": today.day - 1}[period]
+        days = (today - timedelta(days=back) for back in range(since + 1))
+        known = self.state.member_usage
+        shares = (known.get((account.account_id, member_id, day)) for day in days)
+        return sum(share.held + share.captured for share in shares if share is not None)
+
     def count_generation(self, account: Account, generation: Generation) -> None:
-        """Count a generation on the account's own day, where the account's tier has a limit (R14)."""
-        if (
+        """Count a generation on the account's own day, where the account's tier has a limit (R14); where an organisation pays,
+        its credits on the member's (R15).
+        """
+        if generation.member_id is not None:
+            share = self.member_usage(account.account_id, generation.member_id)
+            share.held += generation.held
+            share.captured += generation.taken
+            share.changed = True
+            generation.counted_on = share.day
+        elif (
             generation.counted_on is None
             and self.catalogue.daily_generations(account.tier) is not None
         ):
