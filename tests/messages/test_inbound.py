@@ -169,6 +169,32 @@ def test_a_sign_up_may_come_from_anywhere(time_zone: str) -> None:
     assert time_zone == read("user.created", time_zone=time_zone).time_zone
 
 
+@pytest.mark.parametrize(
+    ("expected", "changes"),
+    [
+        ({"mode"}, {"mode": "pool"}),
+        ({"mode"}, {"mode": "Mirror"}),
+        ({"members"}, {"members": None}),
+        ({"members"}, {"members": {"user_id": "ada"}}),
+        ({"members"}, {"members": ["ada"]}),
+        ({"members"}, {"members": [{}]}),
+        ({"members"}, {"members": [{"user_id": "a b"}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": 0}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": -1}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": 1.0}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": True}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": 10**12 + 1}]}),
+        ({"members"}, {"members": [{"user_id": "ada", "limit_credits": 1, "period": "year"}]}),
+        ({"data"}, {"members": [{"user_id": "ada"}, {"user_id": "ada", "limit_credits": 5}]}),
+        ({"data"}, {"mode": "mirror", "members": []}),
+        ({"data"}, {"mode": "mirror", "members": [{"user_id": "ada"}, {"user_id": "grace"}]}),
+    ],
+)
+def test_an_organisation_is_told_of_whole(expected: set[str], changes: dict[str, Any]) -> None:
+    """A mirror shows one member, nobody is named twice, and a limit is a whole number of credits for a period."""
+    assert expected == refused("organization.updated", **changes)
+
+
 @pytest.mark.parametrize("type_", ["credits.granted", "credits.adjusted"])
 def test_a_grant_has_one_owner(type_: str) -> None:
     """A user or an organisation: neither and both are malformed."""

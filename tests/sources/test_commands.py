@@ -11,15 +11,18 @@ from workers.ledger.commands import (
     AdjustCredits,
     CancelBooking,
     Cause,
+    CloseAccount,
     CompleteGeneration,
     EndGeneration,
     GrantCredits,
     LinkIdentities,
+    MemberTerms,
     RefundGeneration,
     RegisterUser,
     RequestBooking,
     RequestGeneration,
     TransferCredits,
+    UpdateOrganisation,
 )
 from workers.messages.inbound import TOPIC_TYPES
 from workers.messages.schemas import EXAMPLES
@@ -98,6 +101,30 @@ GENERATION = {"generation_id": "g1", "user_id": "ann"}
             TransferCredits("user:ann", "user:bob", 5, "x"),
             "credits.transferred",
             {"from_user_id": "ann", "to_user_id": "bob", "credits": 5, "reason": "x"},
+        ),
+        (CloseAccount("user:ann"), "user.closed", {"user_id": "ann"}),
+        (
+            UpdateOrganisation("o1", "mirror", (MemberTerms("user:ann"),), RECEIVED_AT),
+            "organization.updated",
+            {"organization_id": "o1", "mode": "mirror", "members": [{"user_id": "ann"}]},
+        ),
+        (
+            UpdateOrganisation(
+                "o1", "shared",
+                (MemberTerms("user:ann", 5, "day"), MemberTerms("user:bob", 6, "month"), MemberTerms("user:cat")),
+                RECEIVED_AT,
+            ),
+            "organization.updated",
+            {"organization_id": "o1", "mode": "shared", "members": [
+                {"user_id": "ann", "limit_credits": 5, "period": "day"},
+                {"user_id": "bob", "limit_credits": 6},
+                {"user_id": "cat", "period": "week"},
+            ]},
+        ),
+        (
+            UpdateOrganisation("o1", "shared", (), RECEIVED_AT),
+            "organization.updated",
+            {"organization_id": "o1", "mode": "shared", "members": []},
         ),
     ],
 )  # fmt: skip
@@ -226,10 +253,26 @@ def test_a_type_of_nobodys_is_ignored(topic: str, type_: str) -> None:
     assert built(event(type_, None, topic=topic, value=b'{"any": "thing"}')) == Ignored(type_)
 
 
-@pytest.mark.parametrize("type_", ["user.closed", "organization.updated"])
-def test_a_type_to_come_is_kept_for_its_release(type_: str) -> None:
-    """An event that this release cannot apply yet is neither ignored nor lost."""
-    assert refusal(event(type_, {})).reason == "unsupported_version"
+def test_an_organisation_is_told_as_of_the_events_time() -> None:
+    """Not as of the time at which it arrives: two updates may overtake each other."""
+    data = {"organization_id": "o1", "mode": "shared", "members": []}
+    told = action(
+        event("organization.updated", data, headers={"ce_time": "2026-11-20T09:00:00+01:00"})
+    )
+
+    assert told.as_of == datetime(2026, 11, 20, 8, tzinfo=UTC)
+
+
+def test_members_are_whom_their_ids_belong_to() -> None:
+    """Two ids of one person stand both in the command: the ledger knows which of them are one under its locks."""
+    data = {
+        "organization_id": "o1",
+        "mode": "shared",
+        "members": [{"user_id": "ann"}, {"user_id": "x-ann", "limit_credits": 5}],
+    }
+    told = action(event("organization.updated", data), [("x-ann", "auth0", "user:ann")])
+
+    assert [one.account for one in told.members] == ["user:ann", "user:ann"]
 
 
 def test_wrong_data_are_named_without_their_values() -> None:

@@ -160,6 +160,39 @@ class UserMerged(Data):
     to_user_id: Id
 
 
+class UserClosed(Data):
+    """A user leaves: nothing new is accepted for the account, what is open finishes."""
+
+    user_id: Id
+
+
+class OrganizationMember(Data):
+    """A member, with a limit on what the member may have in use of the organisation's credits; without one there is none."""
+
+    user_id: Id
+    limit_credits: Credits | None = None
+    period: Annotated[
+        Literal["day", "week", "month"] | None,
+        Field(description="a limit without one is for each month"),
+    ] = None
+
+
+class OrganizationUpdated(Data):
+    """Who belongs to an organisation and whose its credits are: its whole state, newer events replace older ones."""
+
+    organization_id: Id
+    mode: Literal["mirror", "shared"]
+    members: list[OrganizationMember]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "OrganizationUpdated":
+        if len({member.user_id for member in self.members}) < len(self.members):
+            raise ValueError("a user is named twice")
+        if self.mode == "mirror" and len(self.members) != 1:
+            raise ValueError("a mirror has exactly one member")
+        return self
+
+
 class _ForOwner(Data):
     user_id: Id | None = None
     organization_id: Id | None = None
@@ -221,13 +254,13 @@ ACCOUNT_TYPES: dict[str, type[Data]] = {
     "credits.granted": CreditsGranted,
     "credits.adjusted": CreditsAdjusted,
     "credits.transferred": CreditsTransferred,
+    "user.closed": UserClosed,
+    "organization.updated": OrganizationUpdated,
 }
-# Of the contract, and kept as dead letters until a release applies them: nothing of theirs is lost.
-ACCOUNT_TYPES_TO_COME = frozenset({"user.closed", "organization.updated"})
 
 TOPIC_TYPES: dict[str, frozenset[str]] = {
     "generation.events": frozenset(GENERATION_TYPES),
     "booking.events": frozenset(BOOKING_TYPES),
-    "account.events": frozenset(ACCOUNT_TYPES) | ACCOUNT_TYPES_TO_COME,
+    "account.events": frozenset(ACCOUNT_TYPES),
 }
 CONTRACT_TYPES = frozenset().union(*TOPIC_TYPES.values())

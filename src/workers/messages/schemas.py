@@ -68,6 +68,15 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "credits": 5,
         "reason": "gift",
     },
+    "user.closed": {"user_id": "ada"},
+    "organization.updated": {
+        "organization_id": "acme",
+        "mode": "shared",
+        "members": [
+            {"user_id": "ada", "limit_credits": 200, "period": "week"},
+            {"user_id": "grace"},
+        ],
+    },
     CHANGED: {
         "account_id": "user:ada",
         "version": 7,

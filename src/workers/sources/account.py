@@ -1,47 +1,52 @@
-"""Account events → commands: sign-up, links, grants, adjustments, transfers (R13, R14)."""
+"""Account events → commands: sign-up, links, closing, organisations, grants, adjustments, transfers (R13, R14, R15)."""
 
 from zoneinfo import ZoneInfo
 
 from workers.ledger.commands import (
     Action,
     AdjustCredits,
+    Cause,
+    CloseAccount,
     Command,
     GrantCredits,
+    LimitPeriod,
     Link,
     LinkIdentities,
+    MemberTerms,
     MergeAccounts,
     RegisterUser,
     TransferCredits,
+    UpdateOrganisation,
 )
 from workers.messages.inbound import (
     ACCOUNT_TYPES,
-    ACCOUNT_TYPES_TO_COME,
     CreditsAdjusted,
     CreditsGranted,
     CreditsTransferred,
     Data,
+    OrganizationMember,
+    OrganizationUpdated,
+    UserClosed,
     UserCreated,
     UserLinked,
     UserMerged,
 )
-from workers.messages.record import Record, Refused
+from workers.messages.record import Record
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
 from workers.sources.understood import NEVER_A_USER, Identities, Ignored, Understood
 
 
 def read_account(record: Record) -> Understood | Ignored:
     """Understand a record of `account.events`. Raises Refused for one that can never be applied."""
-    event = open_envelope(record, {**ACCOUNT_TYPES, **dict.fromkeys(ACCOUNT_TYPES_TO_COME, Data)})
+    event = open_envelope(record, ACCOUNT_TYPES)
     if isinstance(event, Ignored):
         return event
-    if event.type in ACCOUNT_TYPES_TO_COME:
-        detail = f"{event.type} is not applied by this release; replay this dead letter after the upgrade"
-        raise Refused("unsupported_version", detail)
     data = read_data(ACCOUNT_TYPES[event.type], event.data)
     cause, content = cause_of(event, record), fingerprint(event.type, data)
 
     def build(identities: Identities) -> Command:
-        return Command(cause, _action(data, identities), content, _links(data, identities))
+        action = _action(data, identities, cause)
+        return Command(cause, action, content, _links(data, identities))
 
     return Understood(cause, _external_ids(data), build)
 
@@ -50,7 +55,7 @@ def _owner(data: CreditsGranted | CreditsAdjusted, identities: Identities) -> st
     return identities.user(data.user_id) if data.user_id else f"org:{data.organization_id}"
 
 
-def _action(data: Data, identities: Identities) -> Action:
+def _action(data: Data, identities: Identities, cause: Cause) -> Action:
     match data:
         case UserCreated():
             zone = ZoneInfo(data.time_zone) if data.time_zone else None
@@ -67,11 +72,27 @@ def _action(data: Data, identities: Identities) -> Action:
             return MergeAccounts(
                 identities.user(data.from_user_id), identities.user(data.to_user_id)
             )
+        case UserClosed():
+            return CloseAccount(identities.user(data.user_id))
+        case OrganizationUpdated():
+            members = tuple(
+                MemberTerms(identities.user(one.user_id), *_limit(one)) for one in data.members
+            )
+            return UpdateOrganisation(
+                data.organization_id, data.mode, members, as_of=cause.occurred_at
+            )
         case CreditsTransferred():
             sender, receiver = identities.user(data.from_user_id), identities.user(data.to_user_id)
             return TransferCredits(sender, receiver, data.credits, data.reason)
         case _:
             raise TypeError(f"{type(data).__name__} is not an account event")
+
+
+def _limit(member: OrganizationMember) -> tuple[int | None, LimitPeriod | None]:
+    """A limit without a period is for each month; a period without a limit is no limit."""
+    if member.limit_credits is None:
+        return None, None
+    return member.limit_credits, member.period or "month"
 
 
 def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
@@ -113,5 +134,9 @@ def _external_ids(data: Data) -> tuple[str, ...]:
             return (data.user_id,) if data.user_id else ()
         case CreditsTransferred() | UserMerged():
             return (data.from_user_id, data.to_user_id)
+        case UserClosed():
+            return (data.user_id,)
+        case OrganizationUpdated():
+            return tuple(member.user_id for member in data.members)
         case _:
             return ()
