@@ -5,6 +5,7 @@ from zoneinfo import ZoneInfo
 from workers.ledger.commands import (
     Action,
     AdjustCredits,
+    Cause,
     Command,
     GrantCredits,
     Link,
@@ -13,6 +14,7 @@ from workers.ledger.commands import (
     RegisterUser,
     TransferCredits,
 )
+from workers.messages.envelope import Event
 from workers.messages.inbound import (
     ACCOUNT_TYPES,
     ACCOUNT_TYPES_TO_COME,
@@ -37,8 +39,13 @@ def read_account(record: Record) -> Understood | Ignored:
     if event.type in ACCOUNT_TYPES_TO_COME:
         detail = f"{event.type} is not applied by this release; replay this dead letter after the upgrade"
         raise Refused("unsupported_version", detail)
+    return understand_account(event, cause_of(event, record))
+
+
+def understand_account(event: Event, cause: Cause) -> Understood:
+    """Understand an event of an account, whatever door it came through. Raises Refused for data that are wrong."""
     data = read_data(ACCOUNT_TYPES[event.type], event.data)
-    cause, content = cause_of(event, record), fingerprint(event.type, data)
+    content = fingerprint(event.type, data)
 
     def build(identities: Identities) -> Command:
         return Command(cause, _action(data, identities), content, _links(data, identities))
