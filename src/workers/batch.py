@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -23,7 +23,7 @@ import structlog
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, Link, Settle
-from workers.ledger.execute import Execution, execute, references_of
+from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
 from workers.ledger.reach import reach_of
@@ -110,6 +110,14 @@ class _Sorted:
     ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
 
 
+class _Decided(NamedTuple):
+    """Commands that were decided and written, and what is to be published of them."""
+
+    execution: Execution
+    publications: list[Publication]
+    linked: bool
+
+
 class Ledger:
     """Applies records and time to the books: one transaction for each batch."""
 
@@ -159,6 +167,28 @@ class Ledger:
             OSError, asyncpg errors, TooManyRefused: as `apply` does.
         """
         return await self._apply_parked(limit, {})
+
+    async def answer(self, understood: Understood) -> Decision:
+        """Decide one command for somebody who waits for it; when it returns, it is committed.
+
+        Raises:
+            Refused: it can never be applied as it is.
+            OSError, asyncpg errors: the database is away, busy or not ours to use (`failures.classify`).
+        """
+        return await self._loading_anew(lambda: self._answer(understood))
+
+    async def _answer(self, understood: Understood) -> Decision:
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            known = await find_identities(connection, understood.external_ids)
+            built = understood.build(Identities(known))
+            if not isinstance(built, Command):
+                raise Refused("unresolved", built.detail)
+            decided = await self._decide(connection, [built], understood.external_ids, known)
+            await record_publications(connection, decided.publications)
+            return decided.execution.decisions[0]
 
     async def _apply_parked(
         self, limit: int, refusals: Mapping[int | None, Refused]
@@ -312,17 +342,12 @@ class Ledger:
         known = await find_identities(connection, mentioned)
         batch = _sort(readings, Identities(known))
         commands = [command for _, command in batch.commands]
-        execution = await self._execute(connection, commands)
-        if mentioned and await find_identities(connection, mentioned) != known:
-            raise OwnersChanged
+        decided = await self._decide(connection, commands, mentioned, known)
+        execution, publications = decided.execution, decided.publications
         for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
             if isinstance(decision.outcome, Conflict):
                 detail = "this idempotency key was used before with other content"
                 batch.dead.append((work, Refused("idempotency_conflict", detail)))
-        links, disagreements = _fresh_links(execution, known)
-        publications = await record_execution(connection, execution, links)
-        publications += self._rejections(execution)
-        publications += self._alerts([*execution.alerts, *disagreements], execution)
         parked = await keep_waiting(
             connection, batch.waiting, deadline_seconds=self._deadline_seconds
         )
@@ -337,7 +362,24 @@ class Ledger:
             [work for work, _ in batch.dead],
         )
         await record_publications(connection, publications)
-        return _report(batch, execution, published=len(publications), linked=bool(links))
+        return _report(batch, execution, published=len(publications), linked=decided.linked)
+
+    async def _decide(
+        self,
+        connection: Connection,
+        commands: Sequence[Command],
+        mentioned: Collection[str],
+        known: Sequence[tuple[str, str, str]],
+    ) -> _Decided:
+        """Load, decide, write. Raises OwnersChanged when what was known of the ids that are mentioned changed meanwhile."""
+        execution = await self._execute(connection, commands)
+        if mentioned and await find_identities(connection, mentioned) != known:
+            raise OwnersChanged
+        links, disagreements = _fresh_links(execution, known)
+        publications = await record_execution(connection, execution, links)
+        publications += self._rejections(execution)
+        publications += self._alerts([*execution.alerts, *disagreements], execution)
+        return _Decided(execution, publications, linked=bool(links))
 
     async def _read_with_fetched(
         self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
