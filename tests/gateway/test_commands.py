@@ -87,7 +87,10 @@ async def test_the_same_key_again_is_answered_with_the_first_outcome(ask: Asking
     again = await ask("credits.granted", dict(reversed(GRANT.items())), key='"k1"')
 
     assert again.json() == first.json()
-    assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
+    assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (
+        False,
+        "true",
+    )
     assert await ask.total() == 50
 
 
@@ -103,7 +106,9 @@ async def test_a_refusal_is_an_answer_and_stands(ask: Asking) -> None:
     assert (refused["state"], refused["reason"]) == ("rejected", "insufficient_credits")
     assert (refused["required"], refused["available"]) == (5, 0)
     assert again.json()["command"] == refused
-    assert (await ask("booking.requested", booking, key="b2")).json()["command"]["state"] == "applied"
+    assert (await ask("booking.requested", booking, key="b2")).json()["command"][
+        "state"
+    ] == "applied"
 
 
 async def test_a_key_for_another_content_is_refused_and_changes_nothing(
@@ -196,7 +201,9 @@ async def test_a_command_needs_a_key(ask: Asking, key: str | bytes) -> None:
 
 async def test_two_keys_are_none(ask: Asking, tools: Any) -> None:
     """A proxy that adds a header of its own must not choose."""
-    headers = [("authorization", f"Bearer {tools.admin}")] + [("idempotency-key", key) for key in "ab"]
+    headers = [("authorization", f"Bearer {tools.admin}")] + [
+        ("idempotency-key", key) for key in "ab"
+    ]
     body = json.dumps({"type": "credits.granted", "data": GRANT})
     response = await ask.client.post("/v1/commands", content=body, headers=headers)
     assert response.json()["code"] == "idempotency_key_missing"
@@ -228,9 +235,13 @@ async def test_while_the_database_is_away_it_says_so(tools: Any) -> None:
 async def test_the_description_of_each_command_takes_its_example(ask: Asking) -> None:
     """The OpenAPI document's schema takes what the door takes, and refuses what has no type."""
     document = (await ask.client.get("/openapi.json")).json()
-    content = document["paths"]["/v1/commands"]["post"]["requestBody"]["content"]["application/json"]
+    content = document["paths"]["/v1/commands"]["post"]["requestBody"]["content"][
+        "application/json"
+    ]
     schema = {**content["schema"], "components": document["components"]}
     takes = Draft202012Validator(schema)
-    assert {name for name, example in content["examples"].items() if takes.is_valid(example["value"])} == set(COMMAND_TYPES)
+    assert {
+        name for name, example in content["examples"].items() if takes.is_valid(example["value"])
+    } == set(COMMAND_TYPES)
     assert not takes.is_valid({"data": GRANT})
     assert not takes.is_valid({"type": "credits.granted", "data": {**GRANT, "credits": 0}})

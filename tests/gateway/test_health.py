@@ -271,7 +271,9 @@ async def test_the_description_names_every_route_its_errors_and_its_security(too
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
             assert operation["summary"]
-            assert ("422" in operation["responses"]) == (method == "post" and path == "/v1/commands")
+            assert ("422" in operation["responses"]) == (
+                method == "post" and path == "/v1/commands"
+            )
             assert ("security" in operation) == path.startswith("/v1/")
 
 
