@@ -31,9 +31,11 @@ from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
 from workers.sources import STRIPE_API, Fetched, Identities, Ignored, Lacking, Sources, Understood
+from workers.store import reads
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
 from workers.store.load import Connection, OwnersChanged, find_identities, load
+from workers.store.reads import AccountView, CommandView
 from workers.store.record import outcome_name, record_execution, record_publications
 from workers.store.set_aside import (
     Kept,
@@ -61,6 +63,7 @@ STOPPING = frozenset({"transient", "fatal"})
 RACES_MAX = 5
 # Nobody is merged so often in a row.
 CHANGES_MAX = 100
+KEY_OF_OTHER_CONTENT = "this idempotency key was used before with other content, which stands"
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
 
@@ -108,6 +111,14 @@ class _Sorted:
     waiting: list[Wait] = field(default_factory=list)
     dead: list[tuple[Work, Refused]] = field(default_factory=list)
     ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
+
+
+class Answer(NamedTuple):
+    """What became of one command, and its account as it is now. One that is replayed was decided before."""
+
+    command: CommandView
+    account: AccountView | None
+    replayed: bool
 
 
 class _Decided(NamedTuple):
@@ -168,16 +179,22 @@ class Ledger:
         """
         return await self._apply_parked(limit, {})
 
-    async def answer(self, understood: Understood) -> Decision:
+    async def answer(self, understood: Understood) -> Answer:
         """Decide one command for somebody who waits for it; when it returns, it is committed.
 
         Raises:
-            Refused: it can never be applied as it is.
+            Refused: it can never be applied as it is, or its key stands for another content.
             OSError, asyncpg errors: the database is away, busy or not ours to use (`failures.classify`).
         """
-        return await self._loading_anew(lambda: self._answer(understood))
+        decision = await self._loading_anew(lambda: self._decide_one(understood))
+        if isinstance(decision.outcome, Conflict):
+            raise Refused("idempotency_conflict", KEY_OF_OTHER_CONTENT)
+        told = await reads.command(self._pool, *understood.cause.command_key)
+        assert told is not None  # it is committed, and what is decided stays
+        account = await reads.account(self._pool, told.account_id) if told.account_id else None
+        return Answer(told, account, replayed=decision.transaction_id is None)
 
-    async def _answer(self, understood: Understood) -> Decision:
+    async def _decide_one(self, understood: Understood) -> Decision:
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
@@ -346,8 +363,7 @@ class Ledger:
         execution, publications = decided.execution, decided.publications
         for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
             if isinstance(decision.outcome, Conflict):
-                detail = "this idempotency key was used before with other content"
-                batch.dead.append((work, Refused("idempotency_conflict", detail)))
+                batch.dead.append((work, Refused("idempotency_conflict", KEY_OF_OTHER_CONTENT)))
         parked = await keep_waiting(
             connection, batch.waiting, deadline_seconds=self._deadline_seconds
         )

@@ -14,7 +14,6 @@ from workers.gateway.bodies import read_body
 from workers.gateway.connections import Late, within
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
-from workers.ledger.outcomes import Conflict
 from workers.messages.envelope import ID, TRACEPARENT, read_json
 from workers.messages.record import Refused
 from workers.messages.schemas import EXAMPLES
@@ -76,27 +75,23 @@ def commands_router(settings: Settings, database: Late[Pool], tokens: Tokens) ->
     async def ask(request: Request, response: Response) -> AnswerView:
         body = await read_body(request, COMMAND_BYTES_MAX)
         understood = _understand(request, body)
-        pool = database.current
         ledger = Ledger(
-            pool, sources, catalogue, parked_deadline_seconds=settings.parked_deadline_seconds
+            database.current,
+            sources,
+            catalogue,
+            parked_deadline_seconds=settings.parked_deadline_seconds,
         )
-        decision = await within(DECIDE_SECONDS_MAX, ledger.answer(understood))
-        if isinstance(decision.outcome, Conflict):
-            detail = "this idempotency key was used before for another content, which stands"
-            raise Problem(422, "idempotency_conflict", detail)
-        if decision.transaction_id is None:
+        try:
+            answer = await within(DECIDE_SECONDS_MAX, ledger.answer(understood))
+        except Refused as refused:
+            # By the draft of the header's standard: the key is right, and what it is used for is not.
+            status = 422 if refused.reason == "idempotency_conflict" else 400
+            raise Problem(status, refused.reason, refused.detail) from refused
+        if answer.replayed:
             response.headers["idempotent-replayed"] = "true"
-        return await within(READ_SECONDS_MAX, _answer(pool, understood))
+        return AnswerView(command=answer.command, account=answer.account)
 
     return router
-
-
-async def _answer(pool: Pool, understood: Understood) -> AnswerView:
-    key = understood.cause.command_key
-    told = await reads.command(pool, *key)
-    assert told is not None  # it is committed, and what is decided stays
-    account = await reads.account(pool, told.account_id) if told.account_id else None
-    return AnswerView(command=told, account=account)
 
 
 def _understand(request: Request, body: bytes) -> Understood:

@@ -179,8 +179,8 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             assert_never(action)
 
 
-def references_of(action: Action) -> dict[str, str]:
-    """The business ids that an entry's cause names."""
+def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - flat: each action and what it names
+    """The business ids that an entry's cause names, and the reason that a person gave."""
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
             return {"generation_id": action.generation_id}
@@ -188,8 +188,15 @@ def references_of(action: Action) -> dict[str, str]:
             return {"booking_id": action.booking_id}
         case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
+        case GrantCredits() | AdjustCredits():
+            return _with_reason({}, action.reason)
+        case TransferCredits():
+            return _with_reason(
+                {"sender": action.sender, "receiver": action.receiver}, action.reason
+            )
         case MergeAccounts():
-            return {"merged_account": action.source, "merged_into": action.target}
+            merged = {"merged_account": action.source, "merged_into": action.target}
+            return _with_reason(merged, action.reason)
         case RecordSubscription():
             return {"subscription_id": action.subscription_id}
         case PayInvoice():
@@ -202,3 +209,7 @@ def references_of(action: Action) -> dict[str, str]:
             return {"payment_id": action.payment.payment_id, "dispute_id": action.dispute_id}
         case _:
             return {}
+
+
+def _with_reason(references: dict[str, str], reason: str | None) -> dict[str, str]:
+    return {**references, "reason": reason} if reason else references

@@ -71,9 +71,8 @@ def _action(data: Data, identities: Identities) -> Action:
         case CreditsAdjusted():
             return AdjustCredits(_owner(data, identities), data.credits, data.reason)
         case UserMerged():
-            return MergeAccounts(
-                identities.user(data.from_user_id), identities.user(data.to_user_id)
-            )
+            source, target = identities.user(data.from_user_id), identities.user(data.to_user_id)
+            return MergeAccounts(source, target, data.reason)
         case CreditsTransferred():
             sender, receiver = identities.user(data.from_user_id), identities.user(data.to_user_id)
             return TransferCredits(sender, receiver, data.credits, data.reason)
