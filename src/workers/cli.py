@@ -174,7 +174,7 @@ def entries(
         found = await reads.entries(pool, name, after_version, limit + 1)
         if not found and await reads.account(pool, name) is None:
             return None
-        return [entry.model_dump(mode="json") for entry in found]
+        return [entry.model_dump(mode="json", exclude_unset=True) for entry in found]
 
     found = _with_database(read)
     if found is None:
