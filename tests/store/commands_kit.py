@@ -532,8 +532,15 @@ async def due(pool: asyncpg.Pool) -> set[str]:
 # -- plans --------------------------------------------------------------------------------------------------------
 
 CROWD = """
-INSERT INTO accounts (account_id, purchased, held, version, allocate_at)
-    SELECT 'user:u' || i, 100, 4, 1, CASE WHEN i % 2 = 0 THEN now() + i * interval '1 minute' END
+INSERT INTO entries (account_id, version, entry_id, transaction_id, kind, subscription_delta, purchased_delta, held_delta,
+                     debt_delta, balance_before, balance_after, subscription_after, purchased_after, held_after, debt_after,
+                     allocation, cause, occurred_at, recorded_at, previous_hash, hash)
+    SELECT 'user:u' || i, 1, gen_random_uuid(), gen_random_uuid(), 'purchase', 0, 100, 4, 0, 0, 100, 0, 100, 4, 0, '[]', '{{}}',
+           now(), now(), '', sha256(i::text::bytea)
+    FROM generate_series(1, {size}) i;
+INSERT INTO accounts (account_id, purchased, held, version, chain_hash, allocate_at)
+    SELECT 'user:u' || i, 100, 4, 1, sha256(i::text::bytea),
+           CASE WHEN i % 2 = 0 THEN now() + i * interval '1 minute' END
     FROM generate_series(1, {size}) i;
 INSERT INTO lots (lot_id, account_id, pool, granted, remaining, held, source_kind, source_reference, granted_version,
                   granted_at, expires_at)
