@@ -64,4 +64,9 @@ ALTER TABLE entries ENABLE ALWAYS TRIGGER entries_begin_where_their_predecessors
 ALTER TABLE accounts ENABLE ALWAYS TRIGGER accounts_stand_where_their_last_entries_left_them;
 ALTER TABLE accounts ENABLE ALWAYS TRIGGER accounts_begin_where_their_entries_left_them;
 
+-- Accounts that merge, or may, need their open holds: without an index of their own, everybody's were read. No update pays
+-- for it: the end of a hold is never a HOT update, because `generations_held_by_deadline` depends on the state already, and
+-- an ended generation enters neither index. A new hold pays one more index entry: 0.4 to 1.5 microseconds of 16.
+CREATE INDEX generations_held_of_account ON generations (account_id) WHERE state = 'held';
+
 RESET ROLE;  -- the runner records this file as the login
