@@ -23,14 +23,24 @@ import structlog
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, Link, Settle
-from workers.ledger.execute import Execution, execute, references_of
+from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
 from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
-from workers.sources import STRIPE_API, Fetched, Identities, Ignored, Lacking, Sources, Understood
+from workers.sources import (
+    STRIPE_API,
+    Answer,
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Sources,
+    Understood,
+    Waiting,
+)
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
 from workers.store.load import Connection, OwnersChanged, find_identities, load
@@ -63,6 +73,10 @@ RACES_MAX = 5
 CHANGES_MAX = 100
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
+
+
+class ResolvedOtherwise(Exception):  # noqa: N818 - an instruction: apply fewer records at once
+    """A record of a batch would be resolved otherwise if those before it had been applied by themselves."""
 
 
 class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
@@ -105,6 +119,8 @@ class _Sorted:
     """A batch's records by what their reading came to."""
 
     commands: list[tuple[Work, Command]] = field(default_factory=list)
+    # What each record was resolved by, with the number of commands before it.
+    answers: list[tuple[int, tuple[Answer, ...]]] = field(default_factory=list)
     waiting: list[Wait] = field(default_factory=list)
     dead: list[tuple[Work, Refused]] = field(default_factory=list)
     ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
@@ -319,7 +335,7 @@ class Ledger:
             if isinstance(decision.outcome, Conflict):
                 detail = "this idempotency key was used before with other content"
                 batch.dead.append((work, Refused("idempotency_conflict", detail)))
-        links, disagreements = _fresh_links(execution, known)
+        links, disagreements = _fresh_links(execution, known, batch.answers)
         publications = await record_execution(connection, execution, links)
         publications += self._rejections(execution)
         publications += self._alerts([*execution.alerts, *disagreements], execution)
@@ -444,48 +460,76 @@ def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _
 
 
 def _resolve(work: Work, understood: Understood, identities: Identities, batch: _Sorted) -> None:
+    """Build a record's command as if every link of the records before it stood; `_fresh_links` sees whether they do."""
+    built: Command | Waiting | Refused
     try:
         built = understood.build(identities)
     except Refused as refused:
-        batch.dead.append((work, refused))
-        return
-    if isinstance(built, Command):
-        batch.commands.append((work, built))
-    elif work.overdue:
-        batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
-    else:
-        batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
+        built = refused
+    batch.answers.append((len(batch.commands), identities.take_answers()))
+    match built:
+        case Refused():
+            batch.dead.append((work, built))
+        case Command():
+            batch.commands.append((work, built))
+            for link in built.links:
+                identities.learn(link)
+        case Waiting() if work.overdue:
+            batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
+        case Waiting():
+            batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
 
 
 def _fresh_links(
-    execution: Execution, known: Sequence[tuple[str, str, str]]
+    execution: Execution,
+    known: Sequence[tuple[str, str, str]],
+    answered: Sequence[tuple[int, tuple[Answer, ...]]] = (),
 ) -> tuple[list[Link], list[Alert]]:
-    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13)."""
-    owners = {(external_id, provider): owner for external_id, provider, owner in known}
+    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13).
 
-    def heir(owner: str) -> str:
-        """Whom this batch merged the owner into: both names mean the same from now on."""
-        while owner in execution.merged:
-            owner = execution.merged[owner]
-        return owner
+    `answered` is what the batch's records were resolved by, each with the number of decisions before it.
 
-    links, disagreements = [], []
-    for decision in execution.decisions:
-        for link in decision.links:
-            owner = owners.get((link.external_id, link.provider))
-            if owner is None:
-                owners[link.external_id, link.provider] = link.owner
-                links.append(link)
-            elif heir(owner) != heir(link.owner):
-                message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {link.owner}"
-                details = {
-                    "provider": link.provider,
-                    "known_owner": owner,
-                    "claimed_owner": link.owner,
-                }
-                cause = _published_cause(decision.command)
-                disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    Raises:
+        ResolvedOtherwise: a record was resolved by a link of this batch that does not stand, or by none where a merge of
+            this batch makes one.
+    """
+    links: list[Link] = []
+    disagreements: list[Alert] = []
+    if not any(decision.merged or decision.command.links for decision in execution.decisions):
+        return links, disagreements
+    identities = Identities(known)
+    decided = 0
+    for before, answers in answered:
+        while decided < before:
+            _learn(identities, execution.decisions[decided], links, disagreements)
+            decided += 1
+        if not all(identities.still_says(answer) for answer in answers):
+            raise ResolvedOtherwise
+    for decision in execution.decisions[decided:]:
+        _learn(identities, decision, links, disagreements)
     return links, disagreements
+
+
+def _learn(
+    identities: Identities, decision: Decision, links: list[Link], disagreements: list[Alert]
+) -> None:
+    for source, target in decision.merged:
+        identities.merge(source, target)
+    for link in decision.links:
+        owner, claimed = identities.learn(link), identities.heir(link.owner)
+        if owner is None:
+            links.append(link)
+        elif owner != claimed:
+            message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {claimed}"
+            details = {
+                "provider": link.provider,
+                "known_owner": owner,
+                "claimed_owner": claimed,
+            }
+            cause = _published_cause(decision.command)
+            disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    for source, _ in decision.merged:
+        identities.forward(source)
 
 
 def _published_cause(command: Command) -> dict[str, str]:

@@ -28,6 +28,7 @@ from .kit import (
     event,
     fail,
     grant,
+    invoice,
     kinds,
     ledger_over,
     link,
@@ -442,6 +443,98 @@ async def test_a_refund_of_what_the_id_bought_is_the_owners(
 
     assert outcomes(await ledger.apply([told])) == {"applied": 1}
     assert await money(owner, "ann") == (0, 50, 0, 0)
+
+
+# -- one batch or several ---------------------------------------------------------------------------------------------
+
+
+def dealt(seed: int, name: str) -> list[Work]:
+    """Nine records about few customers, ids and people, the same for a seed but for this name in every id and key."""
+    dice = random.Random(seed)
+    return [one_dealt(dice, number, name) for number in range(9)]
+
+
+def one_dealt(dice: random.Random, number: int, name: str) -> Work:
+    """The record at this place."""
+    key = f"k{number}{name}"
+    ids = [f"{letter}{name}" for letter in "abx"]
+    one, other = dice.sample(ids, 2)
+    customer, claim = f"cus_{dice.randint(0, 1)}{name}", dice.choice([*ids, None, None])
+    provider = dice.choice(["auth0", "auth0", "google", "user", "stripe", "email"])
+    external = customer if provider == "stripe" else dice.choice(ids)
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    start = today - timedelta(days=number)
+    sub = f"sub_{customer}"
+    chances: dict[Any, float] = {
+        lambda: pack(f"cs_{number}{name}", customer, user=claim, id_=key): 5,
+        lambda: invoice(
+            f"in_{number}{name}", sub, customer, user=claim, id_=key, start=start, end=start + timedelta(20)
+        ): 3,
+        lambda: subscription("active", key, at=number, customer=customer, user=claim, id=sub): 3,
+        lambda: event("user.linked", key=key, user_id=one, provider=provider, external_id=external): 4,
+        lambda: event("user.created", key=key, user_id=one, external_ids={provider: external}): 2,
+        lambda: event("user.merged", key=key, from_user_id=one, to_user_id=other): 1,
+        lambda: grant(one, 3, key=key): 2,
+        lambda: request(f"g{number}{name}", one, key=key): 1,
+        # A key that was used before, for something else.
+        lambda: event("user.linked", key=f"k{max(0, number - 4)}{name}", user_id=one, provider="auth0", external_id=other): 0.5,
+    }  # fmt: skip
+    (make,) = dice.choices(list(chances), list(chances.values()))
+    made: Work = make()
+    return made
+
+
+async def all_of(connection: asyncpg.Connection, name: str) -> dict[str, list[str]]:
+    """Every row whose ids have this name in them, without the name, times and the database's own numbers."""
+    questions = {
+        "accounts": "SELECT account_id, subscription, purchased, held, debt, version, tier, state, merged_into,"
+        " registered_at IS NULL, signup_granted FROM accounts WHERE account_id LIKE $1",
+        "identities": "SELECT external_id, provider, owner FROM identities WHERE external_id LIKE $1",
+        "commands": "SELECT type, key, outcome, reason FROM commands WHERE key LIKE $1",
+        "entries": "SELECT account_id, version, kind, balance_after, cause ->> 'idempotency_key' FROM entries"
+        " WHERE account_id LIKE $1",
+        "subscriptions": "SELECT subscription_id, account_id, status, plan, metadata FROM subscriptions"
+        " WHERE subscription_id LIKE $1",
+        "purchases": "SELECT purchase_key, account_id, credits FROM purchases WHERE purchase_key LIKE $1",
+        "dead": "SELECT reason, command_key FROM dead_letters WHERE command_key LIKE $1",
+        "parked": "SELECT waits_for, command_key FROM parked WHERE command_key LIKE $1",
+        "disagreements": "SELECT told ->> 'account_id', told -> 'details' FROM (SELECT convert_from(payload,"
+        " 'UTF8')::jsonb FROM outbox WHERE type = 'credit.alert') alerts (told)"
+        " WHERE told ->> 'code' = 'identity_disagreement' AND told ->> 'account_id' LIKE $1",
+    }
+    found = {}
+    for table, question in questions.items():
+        rows = await connection.fetch(question, f"%{name}%")
+        found[table] = sorted(str(tuple(one)).replace(name, "") for one in rows)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_one_batch_gives_what_one_by_one_gives(
+    ledger: Ledger, owner: asyncpg.Connection, seed: int
+) -> None:
+    """Links, claims and merges of few ids, one by one, in one batch, cut in two anywhere and in threes: the same rows."""
+    cuts = [[index] for index in range(9)]  # cut at 0: one batch
+    cuts += [list(range(1, 9)), [3, 6]]
+    found = []
+    for number, cut in enumerate(cuts):
+        name = f".{seed}.{number}."
+        works = dealt(seed, name)
+        for start, end in itertools.pairwise([0, *cut, len(works)]):
+            await ledger.apply(works[start:end])
+        before = await all_of(owner, name)
+        while await ledger.apply_parked(1) is not None:
+            pass
+        found.append((before, await all_of(owner, name)))
+
+    one_by_one = found[-2]
+    for cut, got in zip(cuts, found, strict=True):
+        for one, other in zip(got, one_by_one, strict=True):
+            differing = {table for table in other if one[table] != other[table]}
+            assert {table: one[table] for table in differing} == {
+                table: other[table] for table in differing
+            }, cut
+    assert await wrong(owner) == []
 
 
 # -- at once --------------------------------------------------------------------------------------------------------
