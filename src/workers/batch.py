@@ -22,7 +22,7 @@ import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Command, Link, Settle
+from workers.ledger.commands import Cause, Command, CommandKey, Link, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
@@ -43,7 +43,7 @@ from workers.sources import (
 )
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
-from workers.store.load import Connection, OwnersChanged, find_identities, load
+from workers.store.load import Connection, OwnersChanged, find_decided, find_identities, load
 from workers.store.record import outcome_name, record_execution, record_publications
 from workers.store.set_aside import (
     Kept,
@@ -372,7 +372,12 @@ class Ledger:
         return readings
 
     async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
-        state, now = await load(connection, reach_of(commands, self._catalogue))
+        decided: set[CommandKey] = set()
+        if any(link.itself is not None for command in commands for link in command.links):
+            # An id that is linked gets an account, so that it can be locked: not for what changes nothing.
+            keys = {command.cause.command_key for command in commands}
+            decided = await find_decided(connection, keys)
+        state, now = await load(connection, reach_of(commands, self._catalogue, decided))
         return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
 
     # -- what is told -------------------------------------------------------------------------------------------
@@ -516,18 +521,23 @@ def _learn(
     for source, target in decision.merged:
         identities.merge(source, target)
     for link in decision.links:
-        owner, claimed = identities.learn(link), identities.heir(link.owner)
+        namesake, claimed = identities.namesake(link), identities.heir(link.owner)
+        owner = identities.learn(link)
         if owner is None:
             links.append(link)
-        elif owner != claimed:
+        if owner is not None and owner != claimed:
             message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {claimed}"
-            details = {
-                "provider": link.provider,
-                "known_owner": owner,
-                "claimed_owner": claimed,
-            }
-            cause = _published_cause(decision.command)
-            disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+        elif owner is None and namesake is not None:
+            owner = namesake
+            message = (
+                f"an id of another provider that reads the same belongs to {owner}, and {link.resolved_by} says "
+                f"{claimed} of it at {link.provider}"
+            )
+        else:
+            continue
+        details = {"provider": link.provider, "known_owner": owner, "claimed_owner": claimed}
+        cause = _published_cause(decision.command)
+        disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
     for source, _ in decision.merged:
         identities.forward(source)
 

@@ -14,6 +14,7 @@ from stripe import WebhookSignature
 
 from workers.batch import Ledger
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.store.database import open_pool
 from workers.store.reads import account, resolve_owner
 from workers.store.set_aside import Work
 
@@ -40,6 +41,7 @@ from .kit import (
     request,
     until,
 )
+from .wire import proxy_to
 
 CONNECTIONS = 8
 HOUR = 3600
@@ -380,6 +382,123 @@ async def test_what_is_not_applied_links_nothing(
     assert await identities(owner) == known
     assert await resolve_owner(pool, "auth0|1") == "user:auth0|1"
     assert await money(owner, "auth0|1") == (0, 5, 0, 0)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("type_", ["user.linked", "user.created"])
+async def test_other_content_under_a_known_key_makes_no_account(
+    ledger: Ledger, owner: asyncpg.Connection, type_: str, together: bool
+) -> None:
+    """Neither the id that would have been linked nor whom it would have belonged to is seen for the first time."""
+    told = [
+        event("user.linked", key="k1", user_id=user, provider="auth0", external_id=f"auth0|{user}")
+        if type_ == "user.linked"
+        else event("user.created", key="k1", user_id=user, external_ids={"auth0": f"auth0|{user}"})
+        for user in ("ann", "bob")
+    ]
+    reports = [
+        await ledger.apply(part) for part in ([told] if together else [[work] for work in told])
+    ]
+
+    assert outcomes(reports) == {"applied": 1, "dead": 1}
+    rows = await owner.fetch("SELECT account_id FROM accounts ORDER BY 1")
+    assert [row[0] for row in rows] == ["user:ann", "user:auth0|ann"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("tell", ["linked", "signed up"])
+async def test_an_id_that_two_providers_share_stays_the_first_ones_and_is_alerted(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, tell: str, together: bool
+) -> None:
+    """The same text is Ann's at one provider and Bob's at another: as a user id it means Ann, and somebody is called."""
+    if tell == "linked":
+        second = link("bob", "google", "1")
+    else:
+        second = signed_up("bob", "1", provider="google")
+    works = [grant("1", 5), linked("ann", "1"), second, grant("1", 2)]
+    await apply(ledger, works, together=together)
+    # Told again it is no news.
+    await apply(ledger, [link("bob", "google", "1"), linked("ann", "1")], together=together)
+
+    assert await users(owner) == {"ann": 7, "bob": 0}
+    assert await resolve_owner(pool, "1") == "user:ann"
+    known = await identities(owner)
+    assert (known["auth0", "1"], known["google", "1"]) == ("user:ann", "user:bob")
+    (alert,) = await disagreements(owner)
+    assert alert["account_id"] == "user:ann"
+    assert alert["details"] == {
+        "provider": "google",
+        "known_owner": "user:ann",
+        "claimed_owner": "user:bob",
+    }
+
+
+async def test_an_id_that_was_brought_along_is_not_taken_over(
+    ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """An import mapped it to Ann. That another provider's id of Bob's reads the same does not make it Bob's."""
+    await owner.execute(
+        "INSERT INTO identities VALUES ('1', 'auth0', 'user:ann', 'an import', clock_timestamp())"
+    )
+    await apply(ledger, [grant("1", 5), link("bob", "google", "1"), grant("1", 2)], together=False)
+
+    # Two providers disagree from now on: the id is itself, and somebody is called.
+    assert await users(owner) == {"1": 2, "ann": 5, "bob": 0}
+    assert [one["details"]["known_owner"] for one in await disagreements(owner)] == ["user:ann"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("type_", ["user.linked", "user.created"])
+async def test_providers_and_addresses_are_the_same_in_capitals(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, type_: str, together: bool
+) -> None:
+    """`Stripe` is Stripe: the customer's purchase is the user's; an address resolves however it is written."""
+    ids = {"Stripe": "cus_1", "Email": "Ann@Example.ORG", "AUTH0": "Auth0|X"}
+    if type_ == "user.created":
+        told = [event(type_, user_id="ann", tier="pro", external_ids=ids)]
+    else:
+        told = [link("ann", provider, id_) for provider, id_ in ids.items()]
+    await apply(ledger, [*told, pack("cs_1", "cus_1"), grant("Auth0|X", 1)], together=together)
+
+    assert await users(owner) == {"ann": 101}
+    assert set(await identities(owner)) == {
+        ("stripe", "cus_1"),
+        ("email", "ann@example.org"),
+        ("auth0", "Auth0|X"),
+        ("user", "Auth0|X"),  # other ids are what they are, capitals and all
+    }
+    assert await resolve_owner(pool, "cus_1") == "user:ann"
+
+
+async def test_a_batch_that_links_costs_the_same_whatever_its_size(database_url: str) -> None:
+    """Customers that a batch meets for the first time, with two claims each: not a statement more for each of them."""
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(proxy.url, size_max=1, name="tests") as pool,
+    ):
+        ledger = ledger_over(pool)
+        counted = []
+        for number, size in enumerate([5, 5, 40]):  # the first prepares its statements
+            names = [f"{number}-{index}" for index in range(size)]
+            works = [
+                work
+                for name in names
+                for work in (
+                    pack(f"cs_{name}a", f"cus_{name}", user=f"auth0|{name}"),
+                    linked(f"ann-{name}", f"auth0|{name}"),
+                    pack(f"cs_{name}b", f"cus_{name}", user=f"bob-{name}"),
+                    pack(f"cs_{name}c", f"cus_{name}"),
+                )
+            ]
+            proxy.forget()
+            assert outcomes(await ledger.apply(works)) == {"applied": 4 * size}
+            counted.append(list(proxy.statements))
+            balances = await pool.fetch(
+                "SELECT DISTINCT purchased FROM accounts WHERE account_id = ANY($1::text[])",
+                [f"user:ann-{name}" for name in names],
+            )
+            assert [row[0] for row in balances] == [300]
+        assert counted[1] == counted[2]
 
 
 async def test_links_of_one_batch_agree_with_its_merges(

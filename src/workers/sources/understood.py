@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 from workers.ledger.commands import Cause, Command, Link
 
 # Ids of these providers are not user ids: a Stripe customer never becomes an account (R13), nor does an address.
-NEVER_A_USER = frozenset({"stripe", "email"})
+EMAIL = "email"
+NEVER_A_USER = frozenset({"stripe", EMAIL})
 USER = "user"
 
 
@@ -106,6 +107,21 @@ class Identities:
             return self.heir(known)
         owners[link.provider] = link.owner
         return None
+
+    def namesake(self, link: Link) -> str | None:
+        """Whom the text of a link's id means by another provider's word, if that is not the link's owner."""
+        if link.provider in NEVER_A_USER:
+            return None
+        known = self._owners.get(link.external_id, {})
+        if USER in known:
+            owners = {self.heir(known[USER])}
+        else:
+            owners = {
+                self.heir(owner)
+                for provider, owner in known.items()
+                if provider not in NEVER_A_USER
+            }
+        return min(owners - {self.heir(link.owner)}, default=None)
 
     def merge(self, source: str, target: str) -> None:
         """An account became part of another."""
