@@ -628,6 +628,44 @@ async def all_of(connection: asyncpg.Connection, name: str) -> dict[str, list[st
     return found
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+async def test_a_customer_is_whose_the_first_event_says(
+    ledger: Ledger, owner: asyncpg.Connection, together: bool
+) -> None:
+    """Two claims of one customer: the second is alerted, and its credits go where the first one's went; so do those of
+    an event that claims nothing.
+    """
+    works = [
+        pack("cs_1", "cus_1", user="ann"),
+        pack("cs_2", "cus_1", user="bob"),
+        pack("cs_3", "cus_1"),
+    ]
+    await apply(ledger, works, together=together)
+
+    assert await users(owner) == {"ann": 300}
+    assert await identities(owner) == {("stripe", "cus_1"): "user:ann"}
+    (alert,) = await disagreements(owner)
+    assert (alert["account_id"], alert["details"]["claimed_owner"]) == ("user:ann", "user:bob")
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+async def test_a_link_that_does_not_stand_resolves_nothing(
+    ledger: Ledger, owner: asyncpg.Connection, together: bool
+) -> None:
+    """The id has signed up as a person of its own: what comes after the link in its batch is that person's too."""
+    works = [
+        register("auth0|1"),
+        linked("ann", "auth0|1"),
+        grant("auth0|1", 7),
+        pack("cs_1", "cus_1", user="auth0|1"),
+    ]
+    await apply(ledger, works, together=together)
+
+    assert await users(owner) == {"ann": 0, "auth0|1": 107}
+    assert await identities(owner) == {("stripe", "cus_1"): "user:auth0|1"}
+    assert len(await disagreements(owner)) == 1
+
+
 @pytest.mark.parametrize("seed", range(40))
 async def test_one_batch_gives_what_one_by_one_gives(
     ledger: Ledger, owner: asyncpg.Connection, seed: int
@@ -716,7 +754,9 @@ async def test_a_sign_up_that_races_its_link_is_one_person_or_is_alerted(
 async def test_a_storm_of_links_leaves_every_credit_on_an_open_account(
     ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:
-    """Links of few ids among each other, in circles too, with uses of them all, on eight connections."""
+    """Links and merges of few ids among each other, in circles too, with uses of them all, on eight connections; none
+    waits for another that waits for it.
+    """
     seed = 5
     dice = random.Random(seed)
     ids = [f"u{number}" for number in range(12)]
@@ -724,7 +764,9 @@ async def test_a_storm_of_links_leaves_every_credit_on_an_open_account(
     for number in range(400):
         one, other = dice.sample(ids, 2)
         if dice.random() < 0.1:
-            works.append(link(one, f"p{number % 3}", other))
+            works.append(link(one, dice.choice(["p0", "p1", "user"]), other))
+        elif dice.random() < 0.03:
+            works.append(event("user.merged", from_user_id=one, to_user_id=other))
         elif dice.random() < 0.5:
             total += 3
             works.append(grant(one, 3))
@@ -791,6 +833,27 @@ async def test_all_that_is_known_of_a_subscription_is_stored(
         "event_id": "evt_1",
     }
     assert await identities(owner) == {("stripe", "cus_1"): "user:ann"}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("how", ["linked", "merged"])
+async def test_stored_metadata_name_the_heir(
+    ledger: Ledger, owner: asyncpg.Connection, how: str, together: bool
+) -> None:
+    """Whom a subscription was resolved to follows a merge, as the subscription does; what Stripe said stays as it was."""
+    if how == "linked":
+        one = linked("ann", "auth0|1")
+    else:
+        one = event("user.merged", from_user_id="auth0|1", to_user_id="ann")
+    works = [subscription("active", "evt_1", user="auth0|1"), grant("ann", 1), one]
+    await apply(ledger, works, together=together)
+
+    stored = await row(owner)
+    assert stored["account_id"] == "user:ann"
+    assert json.loads(stored["metadata"]) == {
+        "user_id": "auth0|1",
+        "resolved_supabase_user_id": "ann",
+    }
 
 
 async def test_a_subscription_ends_the_same_in_any_order_and_any_batches(
