@@ -433,17 +433,22 @@ async def test_an_id_that_two_providers_share_stays_the_first_ones_and_is_alerte
     }
 
 
+@pytest.mark.parametrize(
+    ("provider", "shown"),
+    [("google", {"1": 2, "ann": 5, "bob": 0}), ("user", {"ann": 5, "bob": 2})],
+)
 async def test_an_id_that_was_brought_along_is_not_taken_over(
-    ledger: Ledger, owner: asyncpg.Connection
+    ledger: Ledger, owner: asyncpg.Connection, provider: str, shown: dict[str, int]
 ) -> None:
-    """An import mapped it to Ann. That another provider's id of Bob's reads the same does not make it Bob's."""
+    """An import mapped it to Ann. That another provider's id of Bob's reads the same does not make it Bob's: it is itself
+    where two providers disagree, and Bob's only if he is linked to it as a user id. Somebody is called.
+    """
     await owner.execute(
         "INSERT INTO identities VALUES ('1', 'auth0', 'user:ann', 'an import', clock_timestamp())"
     )
-    await apply(ledger, [grant("1", 5), link("bob", "google", "1"), grant("1", 2)], together=False)
+    await apply(ledger, [grant("1", 5), link("bob", provider, "1"), grant("1", 2)], together=False)
 
-    # Two providers disagree from now on: the id is itself, and somebody is called.
-    assert await users(owner) == {"1": 2, "ann": 5, "bob": 0}
+    assert await users(owner) == shown
     assert [one["details"]["known_owner"] for one in await disagreements(owner)] == ["user:ann"]
 
 

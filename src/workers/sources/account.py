@@ -26,7 +26,7 @@ from workers.messages.inbound import (
 )
 from workers.messages.record import Record, Refused
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
-from workers.sources.understood import EMAIL, NEVER_A_USER, Identities, Ignored, Understood
+from workers.sources.understood import EMAIL, NEVER_A_USER, USER, Identities, Ignored, Understood
 
 
 def read_account(record: Record) -> Understood | Ignored:
@@ -104,13 +104,14 @@ def _named(data: UserCreated | UserLinked) -> list[tuple[str, str]]:
 def _link(
     provider: str, external_id: str, owner: str, resolved_by: str, identities: Identities
 ) -> Link:
-    """A link; news of it may mean that the id was taken for a user of its own until now (R13). One that already means
-    somebody else was not: it stays his.
+    """A link; news of it may mean that the id was taken for a user of its own until now (R13). One that means somebody
+    else already is not taken from him, unless as a user id: that mapping decides over all others.
     """
     itself = f"user:{external_id}"
     news = identities.external(provider, external_id) is None and provider not in NEVER_A_USER
-    until_now = news and itself != owner and identities.user(external_id) == itself
-    return Link(provider, external_id, owner, resolved_by, itself if until_now else None)
+    until_now = news and (provider == USER or identities.user(external_id) == itself)
+    taken = until_now and itself != owner
+    return Link(provider, external_id, owner, resolved_by, itself if taken else None)
 
 
 def _external_ids(data: Data) -> tuple[str, ...]:
