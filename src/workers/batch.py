@@ -22,7 +22,7 @@ import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Command, Link, Settle
+from workers.ledger.commands import Cause, Command, CommandKey, Link, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
@@ -30,11 +30,21 @@ from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
-from workers.sources import STRIPE_API, Fetched, Identities, Ignored, Lacking, Sources, Understood
+from workers.sources import (
+    STRIPE_API,
+    Answer,
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Sources,
+    Understood,
+    Waiting,
+)
 from workers.store import reads
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
-from workers.store.load import Connection, OwnersChanged, find_identities, load
+from workers.store.load import Connection, OwnersChanged, find_decided, find_identities, load
 from workers.store.reads import AccountView, CommandView
 from workers.store.record import outcome_name, record_execution, record_publications
 from workers.store.set_aside import (
@@ -66,6 +76,10 @@ CHANGES_MAX = 100
 KEY_OF_OTHER_CONTENT = "this idempotency key was used before with other content, which stands"
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
+
+
+class ResolvedOtherwise(Exception):  # noqa: N818 - an instruction: apply fewer records at once
+    """A record of a batch would be resolved otherwise if those before it had been applied by themselves."""
 
 
 class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
@@ -108,12 +122,14 @@ class _Sorted:
     """A batch's records by what their reading came to."""
 
     commands: list[tuple[Work, Command]] = field(default_factory=list)
+    # What each record was resolved by, with the number of commands before it.
+    answers: list[tuple[int, tuple[Answer, ...]]] = field(default_factory=list)
     waiting: list[Wait] = field(default_factory=list)
     dead: list[tuple[Work, Refused]] = field(default_factory=list)
     ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What became of one command, and its account as it is now. One that is replayed was decided before."""
 
     command: CommandView
@@ -179,7 +195,7 @@ class Ledger:
         """
         return await self._apply_parked(limit, {})
 
-    async def answer(self, understood: Understood) -> Answer:
+    async def answer(self, understood: Understood) -> Reply:
         """Decide one command for somebody who waits for it; when it returns, it is committed.
 
         Raises:
@@ -192,7 +208,7 @@ class Ledger:
         told = await reads.command(self._pool, *understood.cause.command_key)
         assert told is not None  # it is committed, and what is decided stays
         account = await reads.account(self._pool, told.account_id) if told.account_id else None
-        return Answer(told, account, replayed=decision.transaction_id is None)
+        return Reply(told, account, replayed=decision.transaction_id is None)
 
     async def _decide_one(self, understood: Understood) -> Decision:
         async with (
@@ -200,10 +216,14 @@ class Ledger:
             connection.transaction(),
         ):
             known = await find_identities(connection, understood.external_ids)
-            built = understood.build(Identities(known))
+            identities = Identities(known)
+            built = understood.build(identities)
             if not isinstance(built, Command):
                 raise Refused("unresolved", built.detail)
-            decided = await self._decide(connection, [built], understood.external_ids, known)
+            answers = [(0, identities.take_answers())]
+            decided = await self._decide(
+                connection, [built], understood.external_ids, known, answers
+            )
             await record_publications(connection, decided.publications)
             return decided.execution.decisions[0]
 
@@ -359,7 +379,7 @@ class Ledger:
         known = await find_identities(connection, mentioned)
         batch = _sort(readings, Identities(known))
         commands = [command for _, command in batch.commands]
-        decided = await self._decide(connection, commands, mentioned, known)
+        decided = await self._decide(connection, commands, mentioned, known, batch.answers)
         execution, publications = decided.execution, decided.publications
         for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
             if isinstance(decision.outcome, Conflict):
@@ -386,12 +406,18 @@ class Ledger:
         commands: Sequence[Command],
         mentioned: Collection[str],
         known: Sequence[tuple[str, str, str]],
+        answers: Sequence[tuple[int, tuple[Answer, ...]]],
     ) -> _Decided:
-        """Load, decide, write. Raises OwnersChanged when what was known of the ids that are mentioned changed meanwhile."""
+        """Load, decide, write.
+
+        Raises:
+            OwnersChanged: what was known of the ids that are mentioned changed meanwhile.
+            ResolvedOtherwise: a record's `answers` do not stand after the commands before it.
+        """
         execution = await self._execute(connection, commands)
         if mentioned and await find_identities(connection, mentioned) != known:
             raise OwnersChanged
-        links, disagreements = _fresh_links(execution, known)
+        links, disagreements = _fresh_links(execution, known, answers)
         publications = await record_execution(connection, execution, links)
         publications += self._rejections(execution)
         publications += self._alerts([*execution.alerts, *disagreements], execution)
@@ -414,7 +440,12 @@ class Ledger:
         return readings
 
     async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
-        state, now = await load(connection, reach_of(commands, self._catalogue))
+        decided: set[CommandKey] = set()
+        if any(link.itself is not None for command in commands for link in command.links):
+            # An id that is linked gets an account, so that it can be locked: not for what changes nothing.
+            keys = {command.cause.command_key for command in commands}
+            decided = await find_decided(connection, keys)
+        state, now = await load(connection, reach_of(commands, self._catalogue, decided))
         return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
 
     # -- what is told -------------------------------------------------------------------------------------------
@@ -502,48 +533,81 @@ def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _
 
 
 def _resolve(work: Work, understood: Understood, identities: Identities, batch: _Sorted) -> None:
+    """Build a record's command as if every link of the records before it stood; `_fresh_links` sees whether they do."""
+    built: Command | Waiting | Refused
     try:
         built = understood.build(identities)
     except Refused as refused:
-        batch.dead.append((work, refused))
-        return
-    if isinstance(built, Command):
-        batch.commands.append((work, built))
-    elif work.overdue:
-        batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
-    else:
-        batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
+        built = refused
+    batch.answers.append((len(batch.commands), identities.take_answers()))
+    match built:
+        case Refused():
+            batch.dead.append((work, built))
+        case Command():
+            batch.commands.append((work, built))
+            for link in built.links:
+                identities.learn(link)
+        case Waiting() if work.overdue:
+            batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
+        case Waiting():
+            batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
 
 
 def _fresh_links(
-    execution: Execution, known: Sequence[tuple[str, str, str]]
+    execution: Execution,
+    known: Sequence[tuple[str, str, str]],
+    answered: Sequence[tuple[int, tuple[Answer, ...]]],
 ) -> tuple[list[Link], list[Alert]]:
-    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13)."""
-    owners = {(external_id, provider): owner for external_id, provider, owner in known}
+    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13).
 
-    def heir(owner: str) -> str:
-        """Whom this batch merged the owner into: both names mean the same from now on."""
-        while owner in execution.merged:
-            owner = execution.merged[owner]
-        return owner
+    `answered` is what the batch's records were resolved by, each with the number of decisions before it.
 
-    links, disagreements = [], []
-    for decision in execution.decisions:
-        for link in decision.links:
-            owner = owners.get((link.external_id, link.provider))
-            if owner is None:
-                owners[link.external_id, link.provider] = link.owner
-                links.append(link)
-            elif heir(owner) != heir(link.owner):
-                message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {link.owner}"
-                details = {
-                    "provider": link.provider,
-                    "known_owner": owner,
-                    "claimed_owner": link.owner,
-                }
-                cause = _published_cause(decision.command)
-                disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    Raises:
+        ResolvedOtherwise: a record was resolved by a link of this batch that does not stand, or by none where a merge of
+            this batch makes one.
+    """
+    links: list[Link] = []
+    disagreements: list[Alert] = []
+    if not any(decision.merged or decision.command.links for decision in execution.decisions):
+        return links, disagreements
+    identities = Identities(known)
+    decided = 0
+    for before, answers in answered:
+        while decided < before:
+            _learn(identities, execution.decisions[decided], links, disagreements)
+            decided += 1
+        if not all(identities.still_says(answer) for answer in answers):
+            raise ResolvedOtherwise
+    for decision in execution.decisions[decided:]:
+        _learn(identities, decision, links, disagreements)
     return links, disagreements
+
+
+def _learn(
+    identities: Identities, decision: Decision, links: list[Link], disagreements: list[Alert]
+) -> None:
+    for source, target in decision.merged:
+        identities.merge(source, target)
+    for link in decision.links:
+        namesake, claimed = identities.namesake(link), identities.heir(link.owner)
+        owner = identities.learn(link)
+        if owner is None:
+            links.append(link)
+        if owner is not None and owner != claimed:
+            message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {claimed}"
+        elif owner is None and namesake is not None:
+            owner = namesake
+            message = (
+                f"an id of another provider that reads the same belongs to {owner}, and {link.resolved_by} says "
+                f"{claimed} of it at {link.provider}"
+            )
+        else:
+            continue
+        details = {"provider": link.provider, "known_owner": owner, "claimed_owner": claimed}
+        cause = _published_cause(decision.command)
+        disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    for source, _ in decision.merged:
+        identities.forward(source)
 
 
 def _published_cause(command: Command) -> dict[str, str]:

@@ -22,7 +22,7 @@ from workers.up.reach import database_reached, in_short, is_about_the_connection
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from workers.batch import Answer
+    from workers.batch import Reply
     from workers.operations.audit import Audit, Finding, Progress
     from workers.operations.dead_letters import DeadLetter, Message, Moved, Pool
     from workers.settings import Settings
@@ -725,7 +725,7 @@ def _command(
     sources = Sources(known, (), settings.record_bytes_max)
     data = {name: value for name, value in data.items() if value is not None}
 
-    async def ask(pool: "Pool") -> "Answer":
+    async def ask(pool: "Pool") -> "Reply":
         understood = understand_command(
             "cli", type_, data, key=key, now=datetime.now(UTC), by=operator
         )

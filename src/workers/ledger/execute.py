@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import assert_never
 from uuid import UUID
 
@@ -53,13 +54,14 @@ from workers.ledger.writer import Transaction, Writer
 @dataclass(frozen=True, slots=True)
 class Decision:
     """How one command ended. A transaction's id means that it was decided now, not answered from memory; `links` are
-    those of its links that may stand.
+    those of its links that may stand, `merged` the accounts that it made part of others.
     """
 
     command: Command
     outcome: Outcome
     transaction_id: UUID | None
     links: tuple[Link, ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
         same = known.fingerprint == command.fingerprint
         return Decision(command, DUPLICATE if same else CONFLICT, None)
     transaction = Transaction(command.cause, references_of(command.action))
+    before = len(writer.merged)
     outcome = _closed(writer, command.action) or decide(writer, command.action, transaction)
     writer.state.decided[key] = Decided(command.fingerprint)
     links: tuple[Link, ...] = ()
@@ -105,7 +108,10 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
         links = tuple(link for link in command.links if merges.take_in(writer, link, transaction))
     elif isinstance(command.action, BuyPack | StartPeriods):
         _tell_of_failed_grant(writer, outcome, transaction)
-    return Decision(command, outcome, transaction.id(writer.ids), links)
+    merged: tuple[tuple[str, str], ...] = ()
+    if len(writer.merged) > before:  # an account is merged once, so what is new comes last
+        merged = tuple(islice(writer.merged.items(), before, None))
+    return Decision(command, outcome, transaction.id(writer.ids), links, merged)
 
 
 def _tell_of_failed_grant(writer: Writer, refused: Rejected, transaction: Transaction) -> None:

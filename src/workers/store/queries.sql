@@ -249,10 +249,12 @@ FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
 ON CONFLICT (payment_id, dispute_id) DO UPDATE SET amount = excluded.amount, steps = excluded.steps;
 
 -- name: write_subscriptions
--- Stripe's latest word on subscriptions.
+-- Stripe's latest word on subscriptions. Whom their metadata were resolved to is whose they are, merges followed.
 INSERT INTO subscriptions (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
                            metadata, event_at, event_rank, event_id, recorded_at)
-SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata::jsonb,
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
+       jsonb_set(metadata::jsonb, '{resolved_supabase_user_id}',
+                 to_jsonb(substr(account_id, strpos(account_id, ':') + 1)), false),
        event_at, event_rank, event_id, recorded_at
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
             $8::timestamptz[], $9::text[], $10::timestamptz[], $11::int[], $12::text[], $13::timestamptz[])
@@ -278,8 +280,11 @@ UPDATE allocations a SET account_id = n.heir FROM unnest($1::text[], $2::text[])
 WHERE a.account_id = ANY (ARRAY[n.source]);
 
 -- name: merge_subscriptions
--- So are its subscriptions.
-UPDATE subscriptions s SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+-- So are its subscriptions, and that is whom their metadata are resolved to.
+UPDATE subscriptions s
+SET account_id = n.heir, metadata = jsonb_set(s.metadata, '{resolved_supabase_user_id}',
+                                              to_jsonb(substr(n.heir, strpos(n.heir, ':') + 1)), false)
+FROM unnest($1::text[], $2::text[]) AS n (source, heir)
 WHERE s.account_id = ANY (ARRAY[n.source]);
 
 -- name: merge_identities
