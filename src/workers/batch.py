@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -22,18 +22,30 @@ import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Command, Link, Settle
-from workers.ledger.execute import Execution, execute, references_of
+from workers.ledger.commands import Cause, Command, CommandKey, Link, Settle
+from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
 from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
 from workers.messages.record import Refused
-from workers.sources import STRIPE_API, Fetched, Identities, Ignored, Lacking, Sources, Understood
+from workers.sources import (
+    STRIPE_API,
+    Answer,
+    Fetched,
+    Identities,
+    Ignored,
+    Lacking,
+    Sources,
+    Understood,
+    Waiting,
+)
+from workers.store import reads
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
-from workers.store.load import Connection, OwnersChanged, find_identities, load
+from workers.store.load import Connection, OwnersChanged, find_decided, find_identities, load
+from workers.store.reads import AccountView, CommandView
 from workers.store.record import outcome_name, record_execution, record_publications
 from workers.store.set_aside import (
     Kept,
@@ -61,8 +73,13 @@ STOPPING = frozenset({"transient", "fatal"})
 RACES_MAX = 5
 # Nobody is merged so often in a row.
 CHANGES_MAX = 100
+KEY_OF_OTHER_CONTENT = "this idempotency key was used before with other content, which stands"
 # So many records in a row that the database refuses one by one are no bad records: the fault is ours.
 REFUSED_IN_A_ROW_MAX = 20
+
+
+class ResolvedOtherwise(Exception):  # noqa: N818 - an instruction: apply fewer records at once
+    """A record of a batch would be resolved otherwise if those before it had been applied by themselves."""
 
 
 class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
@@ -105,9 +122,27 @@ class _Sorted:
     """A batch's records by what their reading came to."""
 
     commands: list[tuple[Work, Command]] = field(default_factory=list)
+    # What each record was resolved by, with the number of commands before it.
+    answers: list[tuple[int, tuple[Answer, ...]]] = field(default_factory=list)
     waiting: list[Wait] = field(default_factory=list)
     dead: list[tuple[Work, Refused]] = field(default_factory=list)
     ignored: list[tuple[Work, Ignored]] = field(default_factory=list)
+
+
+class Reply(NamedTuple):
+    """What became of one command, and its account as it is now. One that is replayed was decided before."""
+
+    command: CommandView
+    account: AccountView | None
+    replayed: bool
+
+
+class _Decided(NamedTuple):
+    """Commands that were decided and written, and what is to be published of them."""
+
+    execution: Execution
+    publications: list[Publication]
+    linked: bool
 
 
 class Ledger:
@@ -159,6 +194,38 @@ class Ledger:
             OSError, asyncpg errors, TooManyRefused: as `apply` does.
         """
         return await self._apply_parked(limit, {})
+
+    async def answer(self, understood: Understood) -> Reply:
+        """Decide one command for somebody who waits for it; when it returns, it is committed.
+
+        Raises:
+            Refused: it can never be applied as it is, or its key stands for another content.
+            OSError, asyncpg errors: the database is away, busy or not ours to use (`failures.classify`).
+        """
+        decision = await self._loading_anew(lambda: self._decide_one(understood))
+        if isinstance(decision.outcome, Conflict):
+            raise Refused("idempotency_conflict", KEY_OF_OTHER_CONTENT)
+        told = await reads.command(self._pool, *understood.cause.command_key)
+        assert told is not None  # it is committed, and what is decided stays
+        account = await reads.account(self._pool, told.account_id) if told.account_id else None
+        return Reply(told, account, replayed=decision.transaction_id is None)
+
+    async def _decide_one(self, understood: Understood) -> Decision:
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            known = await find_identities(connection, understood.external_ids)
+            identities = Identities(known)
+            built = understood.build(identities)
+            if not isinstance(built, Command):
+                raise Refused("unresolved", built.detail)
+            answers = [(0, identities.take_answers())]
+            decided = await self._decide(
+                connection, [built], understood.external_ids, known, answers
+            )
+            await record_publications(connection, decided.publications)
+            return decided.execution.decisions[0]
 
     async def _apply_parked(
         self, limit: int, refusals: Mapping[int | None, Refused]
@@ -312,17 +379,11 @@ class Ledger:
         known = await find_identities(connection, mentioned)
         batch = _sort(readings, Identities(known))
         commands = [command for _, command in batch.commands]
-        execution = await self._execute(connection, commands)
-        if mentioned and await find_identities(connection, mentioned) != known:
-            raise OwnersChanged
+        decided = await self._decide(connection, commands, mentioned, known, batch.answers)
+        execution, publications = decided.execution, decided.publications
         for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
             if isinstance(decision.outcome, Conflict):
-                detail = "this idempotency key was used before with other content"
-                batch.dead.append((work, Refused("idempotency_conflict", detail)))
-        links, disagreements = _fresh_links(execution, known)
-        publications = await record_execution(connection, execution, links)
-        publications += self._rejections(execution)
-        publications += self._alerts([*execution.alerts, *disagreements], execution)
+                batch.dead.append((work, Refused("idempotency_conflict", KEY_OF_OTHER_CONTENT)))
         parked = await keep_waiting(
             connection, batch.waiting, deadline_seconds=self._deadline_seconds
         )
@@ -337,7 +398,30 @@ class Ledger:
             [work for work, _ in batch.dead],
         )
         await record_publications(connection, publications)
-        return _report(batch, execution, published=len(publications), linked=bool(links))
+        return _report(batch, execution, published=len(publications), linked=decided.linked)
+
+    async def _decide(
+        self,
+        connection: Connection,
+        commands: Sequence[Command],
+        mentioned: Collection[str],
+        known: Sequence[tuple[str, str, str]],
+        answers: Sequence[tuple[int, tuple[Answer, ...]]],
+    ) -> _Decided:
+        """Load, decide, write.
+
+        Raises:
+            OwnersChanged: what was known of the ids that are mentioned changed meanwhile.
+            ResolvedOtherwise: a record's `answers` do not stand after the commands before it.
+        """
+        execution = await self._execute(connection, commands)
+        if mentioned and await find_identities(connection, mentioned) != known:
+            raise OwnersChanged
+        links, disagreements = _fresh_links(execution, known, answers)
+        publications = await record_execution(connection, execution, links)
+        publications += self._rejections(execution)
+        publications += self._alerts([*execution.alerts, *disagreements], execution)
+        return _Decided(execution, publications, linked=bool(links))
 
     async def _read_with_fetched(
         self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
@@ -356,7 +440,12 @@ class Ledger:
         return readings
 
     async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
-        state, now = await load(connection, reach_of(commands, self._catalogue))
+        decided: set[CommandKey] = set()
+        if any(link.itself is not None for command in commands for link in command.links):
+            # An id that is linked gets an account, so that it can be locked: not for what changes nothing.
+            keys = {command.cause.command_key for command in commands}
+            decided = await find_decided(connection, keys)
+        state, now = await load(connection, reach_of(commands, self._catalogue, decided))
         return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
 
     # -- what is told -------------------------------------------------------------------------------------------
@@ -444,48 +533,81 @@ def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _
 
 
 def _resolve(work: Work, understood: Understood, identities: Identities, batch: _Sorted) -> None:
+    """Build a record's command as if every link of the records before it stood; `_fresh_links` sees whether they do."""
+    built: Command | Waiting | Refused
     try:
         built = understood.build(identities)
     except Refused as refused:
-        batch.dead.append((work, refused))
-        return
-    if isinstance(built, Command):
-        batch.commands.append((work, built))
-    elif work.overdue:
-        batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
-    else:
-        batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
+        built = refused
+    batch.answers.append((len(batch.commands), identities.take_answers()))
+    match built:
+        case Refused():
+            batch.dead.append((work, built))
+        case Command():
+            batch.commands.append((work, built))
+            for link in built.links:
+                identities.learn(link)
+        case Waiting() if work.overdue:
+            batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
+        case Waiting():
+            batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
 
 
 def _fresh_links(
-    execution: Execution, known: Sequence[tuple[str, str, str]]
+    execution: Execution,
+    known: Sequence[tuple[str, str, str]],
+    answered: Sequence[tuple[int, tuple[Answer, ...]]],
 ) -> tuple[list[Link], list[Alert]]:
-    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13)."""
-    owners = {(external_id, provider): owner for external_id, provider, owner in known}
+    """The mappings that are news, and those that contradict what is known: a known mapping stays (R13).
 
-    def heir(owner: str) -> str:
-        """Whom this batch merged the owner into: both names mean the same from now on."""
-        while owner in execution.merged:
-            owner = execution.merged[owner]
-        return owner
+    `answered` is what the batch's records were resolved by, each with the number of decisions before it.
 
-    links, disagreements = [], []
-    for decision in execution.decisions:
-        for link in decision.links:
-            owner = owners.get((link.external_id, link.provider))
-            if owner is None:
-                owners[link.external_id, link.provider] = link.owner
-                links.append(link)
-            elif heir(owner) != heir(link.owner):
-                message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {link.owner}"
-                details = {
-                    "provider": link.provider,
-                    "known_owner": owner,
-                    "claimed_owner": link.owner,
-                }
-                cause = _published_cause(decision.command)
-                disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    Raises:
+        ResolvedOtherwise: a record was resolved by a link of this batch that does not stand, or by none where a merge of
+            this batch makes one.
+    """
+    links: list[Link] = []
+    disagreements: list[Alert] = []
+    if not any(decision.merged or decision.command.links for decision in execution.decisions):
+        return links, disagreements
+    identities = Identities(known)
+    decided = 0
+    for before, answers in answered:
+        while decided < before:
+            _learn(identities, execution.decisions[decided], links, disagreements)
+            decided += 1
+        if not all(identities.still_says(answer) for answer in answers):
+            raise ResolvedOtherwise
+    for decision in execution.decisions[decided:]:
+        _learn(identities, decision, links, disagreements)
     return links, disagreements
+
+
+def _learn(
+    identities: Identities, decision: Decision, links: list[Link], disagreements: list[Alert]
+) -> None:
+    for source, target in decision.merged:
+        identities.merge(source, target)
+    for link in decision.links:
+        namesake, claimed = identities.namesake(link), identities.heir(link.owner)
+        owner = identities.learn(link)
+        if owner is None:
+            links.append(link)
+        if owner is not None and owner != claimed:
+            message = f"an id of provider {link.provider} belongs to {owner}, and {link.resolved_by} says {claimed}"
+        elif owner is None and namesake is not None:
+            owner = namesake
+            message = (
+                f"an id of another provider that reads the same belongs to {owner}, and {link.resolved_by} says "
+                f"{claimed} of it at {link.provider}"
+            )
+        else:
+            continue
+        details = {"provider": link.provider, "known_owner": owner, "claimed_owner": claimed}
+        cause = _published_cause(decision.command)
+        disagreements.append(Alert("identity_disagreement", owner, message, details, cause))
+    for source, _ in decision.merged:
+        identities.forward(source)
 
 
 def _published_cause(command: Command) -> dict[str, str]:

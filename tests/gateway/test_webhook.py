@@ -12,7 +12,7 @@ import pytest
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 
 from workers.embedded import Servers
-from workers.gateway import connections, webhook
+from workers.gateway import bodies, connections
 from workers.settings import Settings
 
 PATH = "/webhooks/stripe"
@@ -147,7 +147,7 @@ async def test_a_body_that_does_not_arrive_ends_the_connection(
     webhooks: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sender that stops in the middle hears 408 at the deadline and is hung up on."""
-    monkeypatch.setattr(webhook, "BODY_SECONDS_MAX", 0.1)
+    monkeypatch.setattr(bodies, "BODY_SECONDS_MAX", 0.1)
     reader, writer = await asyncio.open_connection(webhooks.base_url.host, webhooks.base_url.port)
     writer.write(b"POST /webhooks/stripe HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{")
     async with asyncio.timeout(3):

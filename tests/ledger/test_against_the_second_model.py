@@ -537,7 +537,7 @@ class BothModels(RuleBasedStateMachine):
 class TestBothModels(BothModels.TestCase):
     """So many lives in the ordinary suite; `pytest -s` tells how many steps they had in all."""
 
-    settings = examples(60, stateful_step_count=60)
+    settings = examples(200, stateful_step_count=60)
 
     @classmethod
     def tearDownClass(cls) -> None:

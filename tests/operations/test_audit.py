@@ -57,6 +57,7 @@ EXPIRE = "UPDATE lots SET expires_at = clock_timestamp() - interval '1 s' WHERE 
 # All that the database itself holds against a superuser who knows what they do.
 UNPROTECT = """
 ALTER TABLE entries DISABLE TRIGGER ALL;
+ALTER TABLE accounts DISABLE TRIGGER ALL;
 ALTER DOMAIN credits_held_or_owned DROP CONSTRAINT credits_held_or_owned_check;
 ALTER DOMAIN external_id DROP CONSTRAINT external_id_check;
 DO $$

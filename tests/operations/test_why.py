@@ -929,6 +929,8 @@ async def test_an_explanation_is_of_one_moment_whatever_happens_meanwhile(
 
 # -- what does not add up ----------------------------------------------------------------------------------------
 
+# A superuser takes away what keeps the books from it.
+UNPROTECT = "ALTER TABLE entries DISABLE TRIGGER ALL; ALTER TABLE accounts DISABLE TRIGGER ALL"
 CORRUPTIONS = {
     "UPDATE accounts SET purchased = purchased + 1": {
         "account_differs_from_journal", "lots_are_not_the_balance",
@@ -973,7 +975,7 @@ async def test_a_total_that_was_tampered_with_is_told(
     await ledger.apply([register("ada"), register("bob"), grant("ada", 50)])
     await ledger.apply([complete("g1", "ada", kind="x", credits=7), request("g2", "ada")])
     adds_up(await told(pool, "ada"))
-    await owner.execute("ALTER TABLE entries DISABLE TRIGGER ALL")
+    await owner.execute(UNPROTECT)
     await owner.execute(statement)
 
     why = await told(pool, "ada")
@@ -992,10 +994,10 @@ async def test_a_past_that_was_tampered_with_is_told(
     await ledger.apply([register("ada"), grant("ada", 50)])
     await ledger.apply([complete("g1", "ada", kind="x", credits=7)])
     moment = await clock(pool)
+    await owner.execute(UNPROTECT)
     await owner.execute("UPDATE accounts SET purchased = purchased + 1")
     await owner.execute("UPDATE lots SET remaining = remaining - 1")
     adds_up(await told(pool, "ada", moment))
-    await owner.execute("ALTER TABLE entries DISABLE TRIGGER ALL")
     await owner.execute(
         "UPDATE entries SET allocation = jsonb_set(allocation, '{0,amount}', '-9') WHERE version = 2"
     )
@@ -1146,6 +1148,7 @@ async def test_a_large_account_has_an_explanation_of_ordinary_size(
     pool: Pool, owner: asyncpg.Connection
 ) -> None:
     """20,000 entries and 5,000 lots: sums of all of them, a page of the largest and newest, the rest counted."""
+    await owner.execute(UNPROTECT)
     await owner.execute("ALTER TABLE entries DROP CONSTRAINT first_entry_starts_the_chain")
     await owner.execute(LARGE)
     await owner.execute("ANALYZE")

@@ -14,12 +14,12 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -532,12 +532,19 @@ async def due(pool: asyncpg.Pool) -> set[str]:
 # -- plans --------------------------------------------------------------------------------------------------------
 
 CROWD = """
-INSERT INTO accounts (account_id, purchased, held, version, allocate_at)
-    SELECT 'user:u' || i, 100, 4, 1, CASE WHEN i % 2 = 0 THEN now() + i * interval '1 minute' END
+INSERT INTO entries (account_id, version, entry_id, transaction_id, kind, subscription_delta, purchased_delta, held_delta,
+                     debt_delta, balance_before, balance_after, subscription_after, purchased_after, held_after, debt_after,
+                     allocation, cause, occurred_at, recorded_at, previous_hash, hash)
+    SELECT 'user:u' || i, 1, gen_random_uuid(), gen_random_uuid(), 'purchase', 0, 100, 4, 0, 0, 100, 0, 100, 4, 0, '[]', '{{}}',
+           now(), now(), '', sha256(i::text::bytea)
+    FROM generate_series(1, {size}) i;
+INSERT INTO accounts (account_id, purchased, held, version, chain_hash, allocate_at)
+    SELECT 'user:u' || i, 100, 4, 1, sha256(i::text::bytea),
+           CASE WHEN i % 2 = 0 THEN now() + i * interval '1 minute' END
     FROM generate_series(1, {size}) i;
 INSERT INTO lots (lot_id, account_id, pool, granted, remaining, held, source_kind, source_reference, granted_version,
                   granted_at, expires_at)
-    SELECT gen_random_uuid(), 'user:u' || i, 'purchased', 100, 100, 4, 'purchase', 'x', 1, now(),
+    SELECT md5('lot' || i)::uuid, 'user:u' || i, 'purchased', 100, 100, 4, 'purchase', 'x', 1, now(),
            CASE WHEN i % 2 = 0 THEN now() + interval '9 days' END
     FROM generate_series(1, {size}) i;
 INSERT INTO generations (generation_id, account_id, state, held, deadline_at, recorded_at)
@@ -562,29 +569,73 @@ INSERT INTO subscriptions (subscription_id, account_id, status, event_at, record
     SELECT 'sub_' || i, 'user:u' || i, 'active', now(), now() FROM generate_series(1, {size}) i;
 INSERT INTO usage_days (account_id, day, generations)
     SELECT 'user:u' || i, current_date, 1 FROM generate_series(1, {size}) i;
+INSERT INTO bookings (booking_id, client_account, practitioner_account, state, credits, recorded_at)
+    SELECT 'b' || i, 'user:u' || i, 'user:p' || i, 'booked', 5, now() FROM generate_series(1, {size}) i;
+INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
+    SELECT 'tests', 'x', 'k' || i, '', 'applied', gen_random_uuid(), now() FROM generate_series(1, {size}) i;
 """
+# All tables of a crowd that may be emptied at once: to delete so many accounts one by one takes minutes.
+CROWDED = """accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities, subscriptions,
+             usage_days, bookings, commands"""
+Analysed = Literal["never", "when empty", "when full"]
 
 
 @contextlib.asynccontextmanager
-async def crowd(owner: asyncpg.Connection, size: int) -> AsyncIterator[None]:
-    """So many rows in every table that a batch reads; nothing of them is due."""
+async def crowd(
+    owner: asyncpg.Connection,
+    size: int,
+    analysed: Analysed = "when full",
+    prepare: Callable[[], Awaitable[None]] | None = None,
+) -> AsyncIterator[None]:
+    """So many rows in every table that a batch reads; nothing of them is due. `prepare` runs while there are none yet."""
+    await owner.execute(f"TRUNCATE {CROWDED}")
+    await owner.execute(
+        "DELETE FROM pg_statistic WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'credits'::regnamespace)"
+    )
+    if analysed == "when empty":
+        await owner.execute(f"ANALYZE {CROWDED}, entries")
+    if prepare:
+        await prepare()
     await owner.execute(CROWD.format(size=size))
-    await owner.execute("ANALYZE")
+    if analysed == "when full":
+        await owner.execute(f"ANALYZE {CROWDED}, entries")
     try:
         yield
     finally:
-        # All at once: to delete so many accounts one by one takes minutes.
-        await owner.execute(
-            "TRUNCATE accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities,"
-            " subscriptions, usage_days"
+        await owner.execute(f"TRUNCATE {CROWDED}")
+
+
+def literal(value: Any) -> str:
+    """A parameter as SQL text, for statements that take no parameters of the protocol."""
+    return f"'{_element(value)}'"
+
+
+def _element(value: Any) -> str:
+    if isinstance(value, list):
+        return (
+            "{" + ",".join("NULL" if one is None else f'"{_element(one)}"' for one in value) + "}"
         )
+    return f"\\\\x{value.hex()}" if isinstance(value, bytes) else str(value)
 
 
 async def rows_read(connection: Any, name: str, *values: Any) -> dict[str, int]:
     """How many rows or index entries a statement looks at to do its work, by table or index."""
-    (plan,) = json.loads(
+    return looked_at(
         await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {SQL[name]}", *values)
     )
+
+
+async def rows_read_prepared(connection: Any, name: str, *values: Any) -> dict[str, int]:
+    """The same of a statement that this session has prepared under its own name."""
+    given = f"({', '.join(map(literal, values))})" if values else ""
+    return looked_at(
+        await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE {name}{given}")
+    )
+
+
+def looked_at(explained: str) -> dict[str, int]:
+    """How many rows or index entries an explained plan has looked at."""
+    (plan,) = json.loads(explained)
     read: Counter[str] = Counter()
     nodes = [plan["Plan"]]
     while nodes:

@@ -5,6 +5,7 @@ below must name all of them, so a constraint that is added without a proof is fo
 """
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any, get_args
 
 import asyncpg
@@ -14,7 +15,7 @@ from workers.batch import Ledger
 from workers.ledger.model import Kind
 from workers.ledger.outcomes import Reason
 from workers.messages.record import DeadReason
-from workers.store.database import open_pool
+from workers.store.database import connect, open_pool
 
 from . import life
 from .kit import event, pack, record
@@ -231,7 +232,7 @@ async def test_closed_sets_are_the_same_in_the_ledger_and_the_database(
     books: asyncpg.Connection, table: str, where: str, column: str, values: tuple[str, ...]
 ) -> None:
     """What the code may write the database takes, and it takes nothing that the code does not know."""
-    keys = {"entries": {"version": 10**6}, "commands": {"key": "new"}, "dead_letters": {"dead_letter_id": -1, "kafka_offset": -1}}  # fmt: skip
+    keys = {"entries": {"account_id": "user:new"}, "commands": {"key": "new"}, "dead_letters": {"dead_letter_id": -1, "kafka_offset": -1}}  # fmt: skip
     definition = await books.fetchval(
         """SELECT pg_get_constraintdef(oid) FROM pg_constraint
            WHERE conrelid = $1::text::regclass AND contype = 'c' AND pg_get_constraintdef(oid) ~ ('\\(' || $2::text || ' = ANY')""",
@@ -303,6 +304,155 @@ async def test_no_role_of_ours_writes_what_does_not_add_up(
 
     assert found == SPOILS
     assert before == [await books.fetch(query) for query in everything]
+
+
+# -- the journal has no gaps ---------------------------------------------------------------------------------------
+
+# The entry that would come next: nothing happens in it, and it hangs on the last one.
+NEXT = """
+INSERT INTO entries
+SELECT (jsonb_populate_record(e, jsonb_build_object(
+    'version', e.version + 1, 'balance_before', e.balance_after, 'subscription_delta', 0, 'purchased_delta', 0,
+    'held_delta', 0, 'debt_delta', 0, 'previous_hash', e.hash, 'hash', sha256(e.hash)) || {changes})).*
+FROM entries e JOIN accounts a USING (account_id, version)
+"""
+# Three such entries for everybody, the last one first.
+SEVERAL = """
+INSERT INTO entries
+SELECT (jsonb_populate_record(e, jsonb_build_object(
+    'version', e.version + step, 'balance_before', e.balance_after, 'subscription_delta', 0, 'purchased_delta', 0,
+    'held_delta', 0, 'debt_delta', 0, 'previous_hash', hashes[step], 'hash', hashes[step + 1]))).*
+FROM entries e JOIN accounts a USING (account_id, version)
+CROSS JOIN LATERAL (SELECT ARRAY[e.hash, sha256(e.hash), sha256(sha256(e.hash)), sha256('')]) AS chain (hashes)
+CROSS JOIN generate_series(1, 3) AS step
+WHERE {where} ORDER BY step DESC
+"""
+# What ann's next entry may not say of what was before.
+NO_SUCCESSORS = {
+    "a gap": "jsonb_build_object('version', e.version + 2)",
+    "another balance": """jsonb_build_object('balance_before', e.balance_after + 1, 'balance_after', e.balance_after + 1,
+                                             'purchased_after', e.purchased_after + 1)""",
+    "credits of another pool": """jsonb_build_object('subscription_after', e.subscription_after + 1,
+                                                     'purchased_after', e.purchased_after - 1)""",
+    "another hold": "jsonb_build_object('held_after', e.held_after - 1)",
+    "a debt": "jsonb_build_object('debt_after', e.debt_after + 1)",
+    "another hash": "jsonb_build_object('previous_hash', sha256(''))",
+    "no hash": "jsonb_build_object('previous_hash', '')",
+    "its own time": "jsonb_build_object('recorded_at', e.recorded_at - interval '1 microsecond')",
+}
+# What may not be the first that is known of somebody.
+NO_FIRST = {
+    "the second": '\'{"version": 2, "previous_hash": ""}\'',
+    "credits from nowhere": '\'{"purchased_after": 1, "balance_after": 1, "purchased_delta": 1, "held_after": 1}\'',
+    "another pool": '\'{"purchased_after": 1, "balance_after": 1, "subscription_delta": 1}\'',
+    "a debt from nowhere": "'{\"debt_after\": 1}'",
+}
+NOTHING_YET = """
+    '{"account_id": "user:new", "version": 1, "balance_before": 0, "balance_after": 0, "subscription_after": 0,
+      "purchased_after": 0, "held_after": 0, "debt_after": 0, "previous_hash": ""}'::jsonb || """
+# What an account may not claim.
+NO_TOTALS = [
+    "UPDATE accounts SET subscription = subscription + 1, purchased = purchased - 1 WHERE {ann}",
+    "UPDATE accounts SET purchased = purchased + 1 WHERE {ann}",
+    "UPDATE accounts SET held = held - 1 WHERE {ann}",
+    "UPDATE accounts SET debt = debt - 1 WHERE debt > 0",
+    "UPDATE accounts SET version = version + 1 WHERE {ann}",
+    "UPDATE accounts SET version = version - 1 WHERE {ann}",
+    "UPDATE accounts SET chain_hash = sha256('') WHERE {ann}",
+    # Where an earlier entry left it.
+    """UPDATE accounts a SET subscription = e.subscription_after, purchased = e.purchased_after, held = e.held_after,
+                             debt = e.debt_after, version = e.version, chain_hash = e.hash
+       FROM entries e WHERE e.account_id = a.account_id AND e.version = 1 AND a.{ann}""",
+    "INSERT INTO accounts (account_id, subscription) VALUES ('user:new', 1)",
+    "INSERT INTO accounts (account_id, purchased) VALUES ('user:new', 1)",
+    "INSERT INTO accounts (account_id, debt) VALUES ('user:new', 1)",
+    "INSERT INTO accounts (account_id, version) VALUES ('user:new', 1)",
+    "INSERT INTO accounts (account_id, chain_hash) VALUES ('user:new', sha256(''))",
+    """INSERT INTO accounts (account_id, purchased) VALUES ('user:new', 1)
+       ON CONFLICT (account_id) DO UPDATE SET purchased = 1""",
+    """MERGE INTO accounts a USING (SELECT 1) s ON a.{ann} WHEN MATCHED THEN UPDATE SET held = held - 1""",
+]  # fmt: skip
+BEGINS = "an_entry_begins_where_its_predecessor_ended"
+STANDS = "an_account_stands_where_its_last_entry_left_it"
+
+
+async def refusal(connection: asyncpg.Connection, *statements: str) -> str | None:
+    """The constraint that refuses the last of these statements; they are undone."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        for statement in statements[:-1]:
+            await connection.execute(statement)
+        try:
+            assert not (await connection.execute(statements[-1])).endswith(" 0"), statements[-1]
+        except asyncpg.CheckViolationError as error:
+            return str(error.constraint_name)
+        return None
+    finally:
+        await transaction.rollback()
+
+
+@pytest.fixture(params=["credits_worker", "credits_owner", "replica"])
+async def one(
+    request: pytest.FixtureRequest, books: asyncpg.Connection, database_url: str
+) -> AsyncIterator[asyncpg.Connection]:
+    """Somebody who may write: a role of ours, or a superuser in the mode in which a replica applies changes."""
+    if request.param == "replica":
+        await books.execute("SET session_replication_role = replica")
+        yield books
+    else:
+        connection = await connect(database_url, role=request.param, name="tests")
+        yield connection
+        await connection.close()
+
+
+async def test_an_entry_begins_where_its_predecessor_ended(
+    one: asyncpg.Connection,
+) -> None:
+    """R9: nobody writes an entry after a gap, or one that says anything else of what was before than what was."""
+    mine = f" WHERE a.{ANN}"
+    assert await refusal(one, NEXT.format(changes="'{}'") + mine) is None
+    assert await refusal(one, NEXT.format(changes=NOTHING_YET + "'{}'") + mine) is None
+
+    found = {
+        what: await refusal(one, NEXT.format(changes=changes) + mine)
+        for what, changes in NO_SUCCESSORS.items()
+    }
+    found |= {
+        what: await refusal(one, NEXT.format(changes=NOTHING_YET + changes) + mine)
+        for what, changes in NO_FIRST.items()
+    }
+
+    assert found == dict.fromkeys([*NO_SUCCESSORS, *NO_FIRST], BEGINS)
+
+
+async def test_an_account_stands_where_its_last_entry_left_it(
+    one: asyncpg.Connection,
+) -> None:
+    """R2: nobody writes totals, a version or a tail of the chain of which no entry tells, nor those of an earlier one."""
+    found = {text: await refusal(one, text.format(ann=ANN)) for text in NO_TOTALS}
+    left_behind = await refusal(
+        one, NEXT.format(changes="'{}'"), f"UPDATE accounts SET tier = 'pro' WHERE {ANN}"
+    )
+
+    assert found == dict.fromkeys(NO_TOTALS, STANDS)
+    assert left_behind == STANDS
+
+
+async def test_many_entries_of_many_accounts_are_judged_in_one_statement(
+    books: asyncpg.Connection,
+) -> None:
+    """A batch writes them so: those of one account hang on each other, in whatever order; one bad one is enough."""
+    good = SEVERAL.format(where="true")
+    gap = SEVERAL.format(where="NOT (step = 2 AND e.account_id = 'user:ann')")
+    follow = "UPDATE accounts a SET version = e.version, chain_hash = e.hash FROM entries e WHERE e.account_id = a.account_id"
+    three, two = (f"{follow} AND e.version = a.version + {steps}" for steps in (3, 2))
+    assert await books.fetchval("SELECT count(*) FROM accounts WHERE version > 0") > 3
+
+    assert await refusal(books, good, three) is None
+    assert await refusal(books, good, f"{three} AND a.account_id <> 'user:ann'") is None
+    assert await refusal(books, good, two) == STANDS  # not the last one
+    assert await refusal(books, gap) == BEGINS
 
 
 # -- the journal is append-only ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from stripe import WebhookSignature
 
 from workers.batch import Ledger
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.store.database import open_pool
 from workers.store.reads import account, resolve_owner
 from workers.store.set_aside import Work
 
@@ -28,6 +29,7 @@ from .kit import (
     event,
     fail,
     grant,
+    invoice,
     kinds,
     ledger_over,
     link,
@@ -39,6 +41,7 @@ from .kit import (
     request,
     until,
 )
+from .wire import proxy_to
 
 CONNECTIONS = 8
 HOUR = 3600
@@ -381,6 +384,128 @@ async def test_what_is_not_applied_links_nothing(
     assert await money(owner, "auth0|1") == (0, 5, 0, 0)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("type_", ["user.linked", "user.created"])
+async def test_other_content_under_a_known_key_makes_no_account(
+    ledger: Ledger, owner: asyncpg.Connection, type_: str, together: bool
+) -> None:
+    """Neither the id that would have been linked nor whom it would have belonged to is seen for the first time."""
+    told = [
+        event("user.linked", key="k1", user_id=user, provider="auth0", external_id=f"auth0|{user}")
+        if type_ == "user.linked"
+        else event("user.created", key="k1", user_id=user, external_ids={"auth0": f"auth0|{user}"})
+        for user in ("ann", "bob")
+    ]
+    reports = [
+        await ledger.apply(part) for part in ([told] if together else [[work] for work in told])
+    ]
+
+    assert outcomes(reports) == {"applied": 1, "dead": 1}
+    rows = await owner.fetch("SELECT account_id FROM accounts ORDER BY 1")
+    assert [row[0] for row in rows] == ["user:ann", "user:auth0|ann"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("tell", ["linked", "signed up"])
+async def test_an_id_that_two_providers_share_stays_the_first_ones_and_is_alerted(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, tell: str, together: bool
+) -> None:
+    """The same text is Ann's at one provider and Bob's at another: as a user id it means Ann, and somebody is called."""
+    if tell == "linked":
+        second = link("bob", "google", "1")
+    else:
+        second = signed_up("bob", "1", provider="google")
+    works = [grant("1", 5), linked("ann", "1"), second, grant("1", 2)]
+    await apply(ledger, works, together=together)
+    # Told again it is no news.
+    await apply(ledger, [link("bob", "google", "1"), linked("ann", "1")], together=together)
+
+    assert await users(owner) == {"ann": 7, "bob": 0}
+    assert await resolve_owner(pool, "1") == "user:ann"
+    known = await identities(owner)
+    assert (known["auth0", "1"], known["google", "1"]) == ("user:ann", "user:bob")
+    (alert,) = await disagreements(owner)
+    assert alert["account_id"] == "user:ann"
+    assert alert["details"] == {
+        "provider": "google",
+        "known_owner": "user:ann",
+        "claimed_owner": "user:bob",
+    }
+
+
+@pytest.mark.parametrize(
+    ("provider", "shown"),
+    [("google", {"1": 2, "ann": 5, "bob": 0}), ("user", {"ann": 5, "bob": 2})],
+)
+async def test_an_id_that_was_brought_along_is_not_taken_over(
+    ledger: Ledger, owner: asyncpg.Connection, provider: str, shown: dict[str, int]
+) -> None:
+    """An import mapped it to Ann. That another provider's id of Bob's reads the same does not make it Bob's: it is itself
+    where two providers disagree, and Bob's only if he is linked to it as a user id. Somebody is called.
+    """
+    await owner.execute(
+        "INSERT INTO identities VALUES ('1', 'auth0', 'user:ann', 'an import', clock_timestamp())"
+    )
+    await apply(ledger, [grant("1", 5), link("bob", provider, "1"), grant("1", 2)], together=False)
+
+    assert await users(owner) == shown
+    assert [one["details"]["known_owner"] for one in await disagreements(owner)] == ["user:ann"]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("type_", ["user.linked", "user.created"])
+async def test_providers_and_addresses_are_the_same_in_capitals(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, type_: str, together: bool
+) -> None:
+    """`Stripe` is Stripe: the customer's purchase is the user's; an address resolves however it is written."""
+    ids = {"Stripe": "cus_1", "Email": "Ann@Example.ORG", "AUTH0": "Auth0|X"}
+    if type_ == "user.created":
+        told = [event(type_, user_id="ann", tier="pro", external_ids=ids)]
+    else:
+        told = [link("ann", provider, id_) for provider, id_ in ids.items()]
+    await apply(ledger, [*told, pack("cs_1", "cus_1"), grant("Auth0|X", 1)], together=together)
+
+    assert await users(owner) == {"ann": 101}
+    assert set(await identities(owner)) == {
+        ("stripe", "cus_1"),
+        ("email", "ann@example.org"),
+        ("auth0", "Auth0|X"),
+        ("user", "Auth0|X"),  # other ids are what they are, capitals and all
+    }
+    assert await resolve_owner(pool, "cus_1") == "user:ann"
+
+
+async def test_a_batch_that_links_costs_the_same_whatever_its_size(database_url: str) -> None:
+    """Customers that a batch meets for the first time, with two claims each: not a statement more for each of them."""
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(proxy.url, size_max=1, name="tests") as pool,
+    ):
+        ledger = ledger_over(pool)
+        counted = []
+        for number, size in enumerate([5, 5, 40]):  # the first prepares its statements
+            names = [f"{number}-{index}" for index in range(size)]
+            works = [
+                work
+                for name in names
+                for work in (
+                    pack(f"cs_{name}a", f"cus_{name}", user=f"auth0|{name}"),
+                    linked(f"ann-{name}", f"auth0|{name}"),
+                    pack(f"cs_{name}b", f"cus_{name}", user=f"bob-{name}"),
+                    pack(f"cs_{name}c", f"cus_{name}"),
+                )
+            ]
+            proxy.forget()
+            assert outcomes(await ledger.apply(works)) == {"applied": 4 * size}
+            counted.append(list(proxy.statements))
+            balances = await pool.fetch(
+                "SELECT DISTINCT purchased FROM accounts WHERE account_id = ANY($1::text[])",
+                [f"user:ann-{name}" for name in names],
+            )
+            assert [row[0] for row in balances] == [300]
+        assert counted[1] == counted[2]
+
+
 async def test_links_of_one_batch_agree_with_its_merges(
     ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
@@ -444,6 +569,136 @@ async def test_a_refund_of_what_the_id_bought_is_the_owners(
     assert await money(owner, "ann") == (0, 50, 0, 0)
 
 
+# -- one batch or several ---------------------------------------------------------------------------------------------
+
+
+def dealt(seed: int, name: str) -> list[Work]:
+    """Nine records about few customers, ids and people, the same for a seed but for this name in every id and key."""
+    dice = random.Random(seed)
+    return [one_dealt(dice, number, name) for number in range(9)]
+
+
+def one_dealt(dice: random.Random, number: int, name: str) -> Work:
+    """The record at this place."""
+    key = f"k{number}{name}"
+    ids = [f"{letter}{name}" for letter in "abx"]
+    one, other = dice.sample(ids, 2)
+    customer, claim = f"cus_{dice.randint(0, 1)}{name}", dice.choice([*ids, None, None])
+    provider = dice.choice(["auth0", "auth0", "google", "user", "stripe", "email"])
+    external = customer if provider == "stripe" else dice.choice(ids)
+    today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    start = today - timedelta(days=number)
+    sub = f"sub_{customer}"
+    chances: dict[Any, float] = {
+        lambda: pack(f"cs_{number}{name}", customer, user=claim, id_=key): 5,
+        lambda: invoice(
+            f"in_{number}{name}", sub, customer, user=claim, id_=key, start=start, end=start + timedelta(20)
+        ): 3,
+        lambda: subscription("active", key, at=number, customer=customer, user=claim, id=sub): 3,
+        lambda: event("user.linked", key=key, user_id=one, provider=provider, external_id=external): 4,
+        lambda: event("user.created", key=key, user_id=one, external_ids={provider: external}): 2,
+        lambda: event("user.merged", key=key, from_user_id=one, to_user_id=other): 1,
+        lambda: grant(one, 3, key=key): 2,
+        lambda: request(f"g{number}{name}", one, key=key): 1,
+        # A key that was used before, for something else.
+        lambda: event("user.linked", key=f"k{max(0, number - 4)}{name}", user_id=one, provider="auth0", external_id=other): 0.5,
+    }  # fmt: skip
+    (make,) = dice.choices(list(chances), list(chances.values()))
+    made: Work = make()
+    return made
+
+
+async def all_of(connection: asyncpg.Connection, name: str) -> dict[str, list[str]]:
+    """Every row whose ids have this name in them, without the name, times and the database's own numbers."""
+    questions = {
+        "accounts": "SELECT account_id, subscription, purchased, held, debt, version, tier, state, merged_into,"
+        " registered_at IS NULL, signup_granted FROM accounts WHERE account_id LIKE $1",
+        "identities": "SELECT external_id, provider, owner FROM identities WHERE external_id LIKE $1",
+        "commands": "SELECT type, key, outcome, reason FROM commands WHERE key LIKE $1",
+        "entries": "SELECT account_id, version, kind, balance_after, cause ->> 'idempotency_key' FROM entries"
+        " WHERE account_id LIKE $1",
+        "subscriptions": "SELECT subscription_id, account_id, status, plan, metadata FROM subscriptions"
+        " WHERE subscription_id LIKE $1",
+        "purchases": "SELECT purchase_key, account_id, credits FROM purchases WHERE purchase_key LIKE $1",
+        "dead": "SELECT reason, command_key FROM dead_letters WHERE command_key LIKE $1",
+        "parked": "SELECT waits_for, command_key FROM parked WHERE command_key LIKE $1",
+        "disagreements": "SELECT told ->> 'account_id', told -> 'details' FROM (SELECT convert_from(payload,"
+        " 'UTF8')::jsonb FROM outbox WHERE type = 'credit.alert') alerts (told)"
+        " WHERE told ->> 'code' = 'identity_disagreement' AND told ->> 'account_id' LIKE $1",
+    }
+    found = {}
+    for table, question in questions.items():
+        rows = await connection.fetch(question, f"%{name}%")
+        found[table] = sorted(str(tuple(one)).replace(name, "") for one in rows)
+    return found
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+async def test_a_customer_is_whose_the_first_event_says(
+    ledger: Ledger, owner: asyncpg.Connection, together: bool
+) -> None:
+    """Two claims of one customer: the second is alerted, and its credits go where the first one's went; so do those of
+    an event that claims nothing.
+    """
+    works = [
+        pack("cs_1", "cus_1", user="ann"),
+        pack("cs_2", "cus_1", user="bob"),
+        pack("cs_3", "cus_1"),
+    ]
+    await apply(ledger, works, together=together)
+
+    assert await users(owner) == {"ann": 300}
+    assert await identities(owner) == {("stripe", "cus_1"): "user:ann"}
+    (alert,) = await disagreements(owner)
+    assert (alert["account_id"], alert["details"]["claimed_owner"]) == ("user:ann", "user:bob")
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+async def test_a_link_that_does_not_stand_resolves_nothing(
+    ledger: Ledger, owner: asyncpg.Connection, together: bool
+) -> None:
+    """The id has signed up as a person of its own: what comes after the link in its batch is that person's too."""
+    works = [
+        register("auth0|1"),
+        linked("ann", "auth0|1"),
+        grant("auth0|1", 7),
+        pack("cs_1", "cus_1", user="auth0|1"),
+    ]
+    await apply(ledger, works, together=together)
+
+    assert await users(owner) == {"ann": 0, "auth0|1": 107}
+    assert await identities(owner) == {("stripe", "cus_1"): "user:auth0|1"}
+    assert len(await disagreements(owner)) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+async def test_one_batch_gives_what_one_by_one_gives(
+    ledger: Ledger, owner: asyncpg.Connection, seed: int
+) -> None:
+    """Links, claims and merges of few ids, one by one, in one batch, cut in two anywhere and in threes: the same rows."""
+    cuts = [[index] for index in range(9)]  # cut at 0: one batch
+    cuts += [list(range(1, 9)), [3, 6]]
+    found = []
+    for number, cut in enumerate(cuts):
+        name = f".{seed}.{number}."
+        works = dealt(seed, name)
+        for start, end in itertools.pairwise([0, *cut, len(works)]):
+            await ledger.apply(works[start:end])
+        before = await all_of(owner, name)
+        while await ledger.apply_parked(1) is not None:
+            pass
+        found.append((before, await all_of(owner, name)))
+
+    one_by_one = found[-2]
+    for cut, got in zip(cuts, found, strict=True):
+        for one, other in zip(got, one_by_one, strict=True):
+            differing = {table for table in other if one[table] != other[table]}
+            assert {table: one[table] for table in differing} == {
+                table: other[table] for table in differing
+            }, cut
+    assert await wrong(owner) == []
+
+
 # -- at once --------------------------------------------------------------------------------------------------------
 
 
@@ -504,7 +759,9 @@ async def test_a_sign_up_that_races_its_link_is_one_person_or_is_alerted(
 async def test_a_storm_of_links_leaves_every_credit_on_an_open_account(
     ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:
-    """Links of few ids among each other, in circles too, with uses of them all, on eight connections."""
+    """Links and merges of few ids among each other, in circles too, with uses of them all, on eight connections; none
+    waits for another that waits for it.
+    """
     seed = 5
     dice = random.Random(seed)
     ids = [f"u{number}" for number in range(12)]
@@ -512,7 +769,9 @@ async def test_a_storm_of_links_leaves_every_credit_on_an_open_account(
     for number in range(400):
         one, other = dice.sample(ids, 2)
         if dice.random() < 0.1:
-            works.append(link(one, f"p{number % 3}", other))
+            works.append(link(one, dice.choice(["p0", "p1", "user"]), other))
+        elif dice.random() < 0.03:
+            works.append(event("user.merged", from_user_id=one, to_user_id=other))
         elif dice.random() < 0.5:
             total += 3
             works.append(grant(one, 3))
@@ -579,6 +838,27 @@ async def test_all_that_is_known_of_a_subscription_is_stored(
         "event_id": "evt_1",
     }
     assert await identities(owner) == {("stripe", "cus_1"): "user:ann"}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "each by itself"])
+@pytest.mark.parametrize("how", ["linked", "merged"])
+async def test_stored_metadata_name_the_heir(
+    ledger: Ledger, owner: asyncpg.Connection, how: str, together: bool
+) -> None:
+    """Whom a subscription was resolved to follows a merge, as the subscription does; what Stripe said stays as it was."""
+    if how == "linked":
+        one = linked("ann", "auth0|1")
+    else:
+        one = event("user.merged", from_user_id="auth0|1", to_user_id="ann")
+    works = [subscription("active", "evt_1", user="auth0|1"), grant("ann", 1), one]
+    await apply(ledger, works, together=together)
+
+    stored = await row(owner)
+    assert stored["account_id"] == "user:ann"
+    assert json.loads(stored["metadata"]) == {
+        "user_id": "auth0|1",
+        "resolved_supabase_user_id": "ann",
+    }
 
 
 async def test_a_subscription_ends_the_same_in_any_order_and_any_batches(

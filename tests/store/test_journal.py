@@ -47,8 +47,9 @@ async def lived(ledger: Ledger) -> None:
 
 
 async def unlock(owner: asyncpg.Connection) -> None:
-    """Take everything away that protects the journal, as only a superuser can."""
-    await owner.execute("ALTER TABLE entries DISABLE TRIGGER ALL")
+    """Take everything away that protects the books, as only a superuser can."""
+    for table in ("entries", "accounts"):
+        await owner.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
     checks = await owner.fetch(
         "SELECT conname FROM pg_constraint WHERE conrelid = 'entries'::regclass AND contype = 'c'"
     )

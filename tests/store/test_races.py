@@ -240,6 +240,7 @@ FRAUDS = {
 UNPROTECTED = """
 SET LOCAL session_replication_role = replica;
 ALTER TABLE entries DISABLE TRIGGER USER;
+ALTER TABLE accounts DISABLE TRIGGER USER;
 ALTER DOMAIN credits_held_or_owned DROP CONSTRAINT credits_held_or_owned_check;
 """
 

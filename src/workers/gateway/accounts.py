@@ -1,4 +1,4 @@
-"""What a token may read: accounts, their journal, lots and holds, and what became of an event."""
+"""What a token may read: accounts, their journal, lots and holds."""
 
 import re
 from collections.abc import Awaitable
@@ -15,7 +15,7 @@ from workers.gateway.tokens import Tokens
 from workers.messages.inbound import Time
 from workers.messages.outbound import CreditChanged
 from workers.store import reads
-from workers.store.reads import AccountView, CommandView, HoldView, LotView, Pool
+from workers.store.reads import AccountView, HoldView, LotView, Pool
 
 READ_SECONDS_MAX = 5.0
 VERSION_MAX = 2**62
@@ -83,7 +83,6 @@ At = Annotated[
         examples=["2026-11-21T10:00:00Z"],
     ),
 ]
-Text = Annotated[str, Query(pattern=r"^[^\x00-\x1f]+$", max_length=1024)]
 
 
 def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
@@ -116,22 +115,6 @@ def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
     @router.get("/accounts/{owner}/holds", summary="An account's open holds", responses=answers)
     async def holds(owner: Owner) -> HoldsView:
         return await _in_time(_holds(database.current, owner))
-
-    @router.get(
-        "/commands",
-        summary="What became of an event",
-        description="`source`, `type` and idempotency key as published; source `stripe` and the event's id as key "
-        "for Stripe's events, source `http` for commands over HTTP.",
-        responses=answers,
-        tags=["commands"],
-    )
-    async def command(
-        source: Text, event_type: Annotated[Text, Query(alias="type")], key: Text
-    ) -> CommandView:
-        found = await _in_time(reads.command(database.current, source, event_type, key))
-        if found is None:
-            raise Problem(404, "unknown_command", "nothing is known of this event, or not yet")
-        return found
 
     return router
 

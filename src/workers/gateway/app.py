@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from workers.gateway import problems
 from workers.gateway.accounts import SLASH_INSIDE, accounts_router
+from workers.gateway.commands import COMPONENTS, commands_router
 from workers.gateway.connections import Broker, Late
 from workers.gateway.health import health_router
 from workers.gateway.tokens import Tokens
@@ -38,7 +39,9 @@ def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> F
     problems.install(app)
     app.include_router(webhook_router(settings, broker))
     app.include_router(health_router(settings, database, broker))
-    app.include_router(accounts_router(database, Tokens(settings)))
+    tokens = Tokens(settings)
+    app.include_router(accounts_router(database, tokens))
+    app.include_router(commands_router(settings, database, tokens))
     app.add_middleware(keep_encoded_slashes)
 
     def openapi() -> dict[str, Any]:
@@ -46,9 +49,8 @@ def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> F
             schema = get_openapi(
                 title=TITLE, version="1", description=DESCRIPTION, routes=app.routes
             )
-            schema.setdefault("components", {}).setdefault("schemas", {})["Problem"] = (
-                problems.SCHEMA
-            )
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            schemas |= {"Problem": problems.SCHEMA, **COMPONENTS}
             app.openapi_schema = schema
         return app.openapi_schema
 

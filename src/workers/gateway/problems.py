@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from workers.gateway.connections import Away
+from workers.messages.record import Refused
 from workers.store.reads import MalformedOwner
 from workers.telemetry import describe_error
 
@@ -100,6 +101,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(MalformedOwner, _on_malformed_owner)
+    app.add_exception_handler(Refused, _on_refused)
     app.add_exception_handler(Away, _on_away)
     for kind in (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
         app.add_exception_handler(kind, _on_database)
@@ -128,6 +130,11 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
 
 async def _on_malformed_owner(_request: Request, error: Exception) -> Response:
     return response(Problem(400, "malformed_owner", str(error)))
+
+
+async def _on_refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    return response(Problem(400, error.reason, error.detail))
 
 
 async def _on_away(_request: Request, error: Exception) -> Response:

@@ -4,16 +4,15 @@ Invariant: 200 is said only after the broker acknowledged the exact bytes; whate
 with an error, so that Stripe sends the event again. A repeat is harmless: the event's id decides (R8).
 """
 
-import asyncio
 import re
 import time
 from typing import Any
 
 import jiter
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 
 from workers.gateway import problems
+from workers.gateway.bodies import read_body
 from workers.gateway.connections import Away, Broker
 from workers.gateway.problems import Problem
 from workers.settings import Settings
@@ -22,9 +21,6 @@ from workers.telemetry import WEBHOOKS
 
 TOPIC = "stripe.webhook"
 SIGNATURE_HEADER = "stripe-signature"
-BODY_SECONDS_MAX = 15.0
-# So much of a body that is too large is read and thrown away, so that its sender hears why; then we hang up.
-DISCARDED_BYTES_MAX = 8 * 1024 * 1024
 
 _ID = re.compile(r"[!-~]{1,255}")
 _REQUEST_BODY = {
@@ -78,7 +74,7 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
 
 
 async def _forward(request: Request, settings: Settings, broker: Broker) -> None:
-    body = await _body(request, settings.webhook_bytes_max)
+    body = await read_body(request, settings.webhook_bytes_max)
     headers = request.headers.getlist(SIGNATURE_HEADER)
     if len(headers) > 1:
         raise Problem(400, "bad_signature", "there is more than one stripe-signature header")
@@ -98,32 +94,6 @@ async def _forward(request: Request, settings: Settings, broker: Broker) -> None
         )
     except Away as error:
         raise problems.away(error.server) from error
-
-
-async def _body(request: Request, bytes_max: int) -> bytes:
-    """The body, at most `bytes_max` of it in memory. Raises Problem for a larger, slower or broken one."""
-    body = bytearray()
-    received_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS_MAX):
-            async for chunk in request.stream():
-                received_bytes += len(chunk)
-                if received_bytes <= bytes_max:
-                    body += chunk
-                elif received_bytes > bytes_max + DISCARDED_BYTES_MAX:
-                    break
-    except TimeoutError as error:
-        # The rest may come for ever: without hanging up it would be read and thrown away for as long.
-        hang_up = {"connection": "close"}
-        raise Problem(
-            408, "too_slow", "the body did not arrive in time", headers=hang_up
-        ) from error
-    except ClientDisconnect as error:
-        raise Problem(400, "unreadable", "the body broke off") from error
-    if received_bytes > bytes_max:
-        detail = f"the body is larger than {bytes_max} bytes"
-        raise Problem(413, "too_large", detail, headers={"connection": "close"})
-    return bytes(body)
 
 
 def _record_key(body: bytes) -> str:

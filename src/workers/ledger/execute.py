@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import assert_never
 from uuid import UUID
 
@@ -56,13 +57,14 @@ from workers.ledger.writer import Transaction, Writer
 @dataclass(frozen=True, slots=True)
 class Decision:
     """How one command ended. A transaction's id means that it was decided now, not answered from memory; `links` are
-    those of its links that may stand.
+    those of its links that may stand, `merged` the accounts that it made part of others.
     """
 
     command: Command
     outcome: Outcome
     transaction_id: UUID | None
     links: tuple[Link, ...] = ()
+    merged: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
         same = known.fingerprint == command.fingerprint
         return Decision(command, DUPLICATE if same else CONFLICT, None)
     transaction = Transaction(command.cause, references_of(command.action))
+    before = len(writer.merged)
     outcome = _closed(writer, command.action) or decide(writer, command.action, transaction)
     writer.state.decided[key] = Decided(command.fingerprint)
     links: tuple[Link, ...] = ()
@@ -108,7 +111,10 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
         links = tuple(link for link in command.links if merges.take_in(writer, link, transaction))
     elif isinstance(command.action, BuyPack | StartPeriods):
         _tell_of_failed_grant(writer, outcome, transaction)
-    return Decision(command, outcome, transaction.id(writer.ids), links)
+    merged: tuple[tuple[str, str], ...] = ()
+    if len(writer.merged) > before:  # an account is merged once, so what is new comes last
+        merged = tuple(islice(writer.merged.items(), before, None))
+    return Decision(command, outcome, transaction.id(writer.ids), links, merged)
 
 
 def _tell_of_failed_grant(writer: Writer, refused: Rejected, transaction: Transaction) -> None:
@@ -194,7 +200,11 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
 
 
 def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - flat: each action and what it names
+<<<<<<< HEAD
     """The business ids that an entry's cause names."""
+=======
+    """The business ids that an entry's cause names, and the reason that a person gave."""
+>>>>>>> main
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
             return {"generation_id": action.generation_id}
@@ -202,10 +212,21 @@ def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - fl
             return {"booking_id": action.booking_id}
         case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
+        case GrantCredits() | AdjustCredits():
+            return _with_reason({}, action.reason)
+        case TransferCredits():
+            return _with_reason(
+                {"sender": action.sender, "receiver": action.receiver}, action.reason
+            )
         case MergeAccounts():
+<<<<<<< HEAD
             return {"merged_account": action.source, "merged_into": action.target}
         case UpdateOrganisation():
             return {"organization_id": action.organisation}
+=======
+            merged = {"merged_account": action.source, "merged_into": action.target}
+            return _with_reason(merged, action.reason)
+>>>>>>> main
         case RecordSubscription():
             return {"subscription_id": action.subscription_id}
         case PayInvoice():
@@ -218,3 +239,7 @@ def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - fl
             return {"payment_id": action.payment.payment_id, "dispute_id": action.dispute_id}
         case _:
             return {}
+
+
+def _with_reason(references: dict[str, str], reason: str | None) -> dict[str, str]:
+    return {**references, "reason": reason} if reason else references

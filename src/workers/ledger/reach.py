@@ -1,6 +1,6 @@
 """What a batch of commands reads, by name, so that one load can bring all of it before anything is decided."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from workers.ledger.catalogue import Catalogue
@@ -51,13 +51,21 @@ class Reach:
     mirrored: set[str] = field(default_factory=set)
 
 
-def reach_of(commands: Iterable[Command], catalogue: Catalogue) -> Reach:
-    """All that deciding these commands reads."""
+def reach_of(
+    commands: Iterable[Command], catalogue: Catalogue, decided: Collection[CommandKey] = ()
+) -> Reach:
+    """All that deciding these commands reads. Of what was `decided`, or is by an earlier one under the same key, that is
+    its key: nothing happens again (R8).
+    """
     reach = Reach()
     for command in commands:
-        reach.accounts.update(accounts_of(command.action))
         if not isinstance(command.action, Settle):
-            reach.command_keys.add(command.cause.command_key)
+            key = command.cause.command_key
+            again = key in decided or key in reach.command_keys
+            reach.command_keys.add(key)
+            if again:
+                continue
+        reach.accounts.update(accounts_of(command.action))
         _add(reach, command.action, catalogue)
         for link in command.links:
             if link.itself is not None:

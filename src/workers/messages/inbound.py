@@ -158,6 +158,7 @@ class UserMerged(Data):
 
     from_user_id: Id
     to_user_id: Id
+    reason: Text | None = None
 
 
 class UserClosed(Data):

@@ -17,6 +17,7 @@ from workers.sources.generation import read_generation
 from workers.sources.stripe import read_stripe
 from workers.sources.understood import (
     STRIPE_API,
+    Answer,
     Fetched,
     Identities,
     Ignored,
@@ -63,6 +64,7 @@ class Sources:
 
 __all__ = [
     "STRIPE_API",
+    "Answer",
     "Fetched",
     "Identities",
     "Ignored",

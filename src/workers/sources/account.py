@@ -18,6 +18,7 @@ from workers.ledger.commands import (
     TransferCredits,
     UpdateOrganisation,
 )
+from workers.messages.envelope import Event
 from workers.messages.inbound import (
     ACCOUNT_TYPES,
     CreditsAdjusted,
@@ -33,7 +34,7 @@ from workers.messages.inbound import (
 )
 from workers.messages.record import Record
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
-from workers.sources.understood import NEVER_A_USER, Identities, Ignored, Understood
+from workers.sources.understood import EMAIL, NEVER_A_USER, USER, Identities, Ignored, Understood
 
 
 def read_account(record: Record) -> Understood | Ignored:
@@ -41,8 +42,13 @@ def read_account(record: Record) -> Understood | Ignored:
     event = open_envelope(record, ACCOUNT_TYPES)
     if isinstance(event, Ignored):
         return event
+    return understand_account(event, cause_of(event, record))
+
+
+def understand_account(event: Event, cause: Cause) -> Understood:
+    """Understand an event of an account, whatever door it came through. Raises Refused for data that are wrong."""
     data = read_data(ACCOUNT_TYPES[event.type], event.data)
-    cause, content = cause_of(event, record), fingerprint(event.type, data)
+    content = fingerprint(event.type, data)
 
     def build(identities: Identities) -> Command:
         action = _action(data, identities, cause)
@@ -69,9 +75,8 @@ def _action(data: Data, identities: Identities, cause: Cause) -> Action:
         case CreditsAdjusted():
             return AdjustCredits(_owner(data, identities), data.credits, data.reason)
         case UserMerged():
-            return MergeAccounts(
-                identities.user(data.from_user_id), identities.user(data.to_user_id)
-            )
+            source, target = identities.user(data.from_user_id), identities.user(data.to_user_id)
+            return MergeAccounts(source, target, data.reason)
         case UserClosed():
             return CloseAccount(identities.user(data.user_id))
         case OrganizationUpdated():
@@ -101,35 +106,45 @@ def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
             owner = identities.user(data.user_id)
             links = [
                 _link(provider, id_, owner, "user.created", identities)
-                for provider, id_ in data.external_ids.items()
+                for provider, id_ in _named(data)
             ]
-            if data.email:
-                links.append(Link("email", data.email.lower(), owner, "user.created"))
             return tuple(links)
         case UserLinked():
             owner = identities.user(data.user_id)
-            return (_link(data.provider, data.external_id, owner, "user.linked", identities),)
+            ((provider, id_),) = _named(data)
+            return (_link(provider, id_, owner, "user.linked", identities),)
         case _:
             return ()
+
+
+def _named(data: UserCreated | UserLinked) -> list[tuple[str, str]]:
+    """Providers and ids as the mapping table writes them: providers and addresses are the same in capitals."""
+    if isinstance(data, UserLinked):
+        given = [(data.provider, data.external_id)]
+    else:
+        given = [*data.external_ids.items(), *([(EMAIL, data.email)] if data.email else ())]
+    named = ((provider.lower(), id_) for provider, id_ in given)
+    return [(provider, id_.lower() if provider == EMAIL else id_) for provider, id_ in named]
 
 
 def _link(
     provider: str, external_id: str, owner: str, resolved_by: str, identities: Identities
 ) -> Link:
-    """A link; news of it may mean that the id was taken for a user of its own until now (R13)."""
+    """A link; news of it may mean that the id was taken for a user of its own until now (R13). One that means somebody
+    else already is not taken from him, unless as a user id: that mapping decides over all others.
+    """
+    itself = f"user:{external_id}"
     news = identities.external(provider, external_id) is None and provider not in NEVER_A_USER
-    itself = f"user:{external_id}" if news and f"user:{external_id}" != owner else None
-    return Link(provider, external_id, owner, resolved_by, itself)
+    until_now = news and (provider == USER or identities.user(external_id) == itself)
+    taken = until_now and itself != owner
+    return Link(provider, external_id, owner, resolved_by, itself if taken else None)
 
 
 def _external_ids(data: Data) -> tuple[str, ...]:
     """Every id that may stand in the mapping table: those named, and those that will be written."""
     match data:
-        case UserCreated():
-            email = (data.email.lower(),) if data.email else ()
-            return (data.user_id, *data.external_ids.values(), *email)
-        case UserLinked():
-            return (data.user_id, data.external_id)
+        case UserCreated() | UserLinked():
+            return (data.user_id, *(id_ for _, id_ in _named(data)))
         case CreditsGranted() | CreditsAdjusted():
             return (data.user_id,) if data.user_id else ()
         case CreditsTransferred() | UserMerged():

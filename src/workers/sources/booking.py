@@ -1,6 +1,7 @@
 """Booking events → commands (R6)."""
 
-from workers.ledger.commands import CancelBooking, Command, RequestBooking
+from workers.ledger.commands import CancelBooking, Cause, Command, RequestBooking
+from workers.messages.envelope import Event
 from workers.messages.inbound import BOOKING_TYPES, BookingCancelled, BookingRequested
 from workers.messages.record import Record
 from workers.sources.cloudevents import cause_of, fingerprint, open_envelope, read_data
@@ -12,8 +13,13 @@ def read_booking(record: Record) -> Understood | Ignored:
     event = open_envelope(record, BOOKING_TYPES)
     if isinstance(event, Ignored):
         return event
+    return understand_booking(event, cause_of(event, record))
+
+
+def understand_booking(event: Event, cause: Cause) -> Understood:
+    """Understand an event of a booking, whatever door it came through. Raises Refused for data that are wrong."""
     data = read_data(BOOKING_TYPES[event.type], event.data)
-    cause, content = cause_of(event, record), fingerprint(event.type, data)
+    content = fingerprint(event.type, data)
 
     def build(identities: Identities) -> Command:
         match data:

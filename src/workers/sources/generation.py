@@ -2,12 +2,14 @@
 
 from workers.ledger.commands import (
     Action,
+    Cause,
     Command,
     CompleteGeneration,
     EndGeneration,
     RefundGeneration,
     RequestGeneration,
 )
+from workers.messages.envelope import Event
 from workers.messages.inbound import (
     GENERATION_TYPES,
     Data,
@@ -26,8 +28,13 @@ def read_generation(record: Record) -> Understood | Ignored:
     event = open_envelope(record, GENERATION_TYPES)
     if isinstance(event, Ignored):
         return event
+    return understand_generation(event, cause_of(event, record))
+
+
+def understand_generation(event: Event, cause: Cause) -> Understood:
+    """Understand an event of a generation, whatever door it came through. Raises Refused for data that are wrong."""
     data = read_data(GENERATION_TYPES[event.type], event.data)
-    cause, content = cause_of(event, record), fingerprint(event.type, data)
+    content = fingerprint(event.type, data)
     user_id: str = data.user_id  # type: ignore[attr-defined]  # every generation model has it
     generation_id: str = data.generation_id  # type: ignore[attr-defined]  # every generation model has it
     cancelled = event.type == "generation.cancelled"

@@ -52,6 +52,12 @@ async def find_identities(
     return sorted((row[0], row[1], row[2]) for row in rows)
 
 
+async def find_decided(connection: Connection, keys: Collection[CommandKey]) -> set[CommandKey]:
+    """Those of the keys under which something was decided. It stands, so no lock is needed to know it."""
+    rows = await connection.fetch(SQL["load_commands"], *zip(*keys, strict=True))
+    return {CommandKey(row[0], row[1], row[2]) for row in rows}
+
+
 async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime]:
     """Lock what a batch touches and read all that is theirs. Returns the snapshot and the time of the decision (R12).
 

@@ -1,4 +1,10 @@
 -- Every statement of a batch. Each block is a name, a sentence, and the SQL; `sql.py` reads them by name.
+--
+-- A session keeps its plans, and may have made them while the tables were empty, when to read a table whole costs nothing.
+-- So each statement leaves one way to its rows: their key. Sessions read no table in sequence (`database.py`); what is left
+-- is to read an index from end to end, for the sake of its order or of a condition that every row meets. Hence:
+--   `key = ANY (ARRAY[n.key])` where a table is joined with what was given: unlike `=` it can be looked up and not sorted by;
+--   `OFFSET 0` after what is looked up for each key: no other condition finds its way in, to be looked up instead.
 
 -- name: find_identities
 -- What the mapping table says of these external ids.
@@ -19,6 +25,7 @@ WITH RECURSIVE money (id) AS (
         UNION ALL SELECT p.payment_id FROM payments p WHERE p.invoice_id = money.id
         UNION ALL SELECT p.invoice_id FROM purchases p WHERE p.payment_id = money.id
         UNION ALL SELECT p.payment_id FROM purchases p WHERE p.invoice_id = money.id
+        OFFSET 0
     ) linked (id) WHERE linked.id IS NOT NULL
 )
 SELECT id FROM money;
@@ -97,7 +104,9 @@ SELECT clock_timestamp();
 -- The worker's memory of these keys.
 SELECT c.scope, c.type, c.key, c.fingerprint
 FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (scope, type, key)
-JOIN commands c ON (c.key, c.type, c.scope) = (wanted.key, wanted.type, wanted.scope);
+CROSS JOIN LATERAL (
+    SELECT * FROM commands c WHERE (c.key, c.type, c.scope) = (wanted.key, wanted.type, wanted.scope) OFFSET 0
+) c;
 
 -- name: load_lots
 -- The open lots of the locked accounts, and those that purchases name, open or not.
@@ -124,8 +133,9 @@ WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND 
 -- All open holds of accounts that merge.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
        given_back, counted_on, recorded_at
-FROM generations
-WHERE state = 'held' AND deadline_at > $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+FROM unnest($2::text[]) AS wanted (id)
+CROSS JOIN LATERAL (SELECT * FROM generations g WHERE g.state = 'held' AND g.account_id = wanted.id OFFSET 0) g
+WHERE deadline_at > $3 AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_bookings
 -- The bookings that are named.
@@ -173,7 +183,7 @@ FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], 
             $15::timestamptz[])
      AS n (account_id, subscription, purchased, held, debt, version, chain_hash, tier, time_zone, state, merged_into,
            registered_at, signup_granted, allocate_at, updated_at)
-WHERE a.account_id = n.account_id;
+WHERE a.account_id = ANY (ARRAY[n.account_id]);
 
 -- name: update_lots
 -- What remains of lots that were there before, and whose they are: a merge moves them.
@@ -183,7 +193,7 @@ SET account_id = n.account_id, remaining = n.remaining, held = n.held, expired =
 FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::timestamptz[],
             $8::bigint[], $9::int[])
      AS n (lot_id, account_id, remaining, held, expired, clawed, expires_at, granted_version, position)
-WHERE l.lot_id = n.lot_id;
+WHERE l.lot_id = ANY (ARRAY[n.lot_id]);
 
 -- name: update_generations
 -- The new state of generations that were there before.
@@ -195,19 +205,19 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::ti
             $8::bigint[], $9::date[], $10::timestamptz[])
      AS n (generation_id, account_id, state, held, hold_allocation, deadline_at, taken, given_back, counted_on,
            recorded_at)
-WHERE g.generation_id = n.generation_id;
+WHERE g.generation_id = ANY (ARRAY[n.generation_id]);
 
 -- name: update_bookings
 -- The new state of bookings that were there before.
 UPDATE bookings b SET state = n.state, given_back = n.given_back
 FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given_back)
-WHERE b.booking_id = n.booking_id;
+WHERE b.booking_id = ANY (ARRAY[n.booking_id]);
 
 -- name: update_purchases
 -- What was clawed back of purchases that were there before.
 UPDATE purchases p SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb
 FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, clawed_parts)
-WHERE p.purchase_key = n.purchase_key;
+WHERE p.purchase_key = ANY (ARRAY[n.purchase_key]);
 
 -- name: update_allocations
 -- Months granted, stopped, ended or moved.
@@ -216,13 +226,13 @@ SET account_id = n.account_id, period_end = n.period_end, credits = n.credits, n
     next_at = n.next_at, returned = n.returned
 FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::bigint[], $5::int[], $6::timestamptz[], $7::bigint[])
      AS n (allocation_key, account_id, period_end, credits, next_month, next_at, returned)
-WHERE a.allocation_key = n.allocation_key;
+WHERE a.allocation_key = ANY (ARRAY[n.allocation_key]);
 
 -- name: update_payments
 -- What was told of payments, whose rows this transaction has locked.
 UPDATE payments p SET invoice_id = n.invoice_id, charge_id = n.charge_id, refunded = n.refunded
 FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[]) AS n (payment_id, invoice_id, charge_id, refunded)
-WHERE p.payment_id = n.payment_id;
+WHERE p.payment_id = ANY (ARRAY[n.payment_id]);
 
 -- name: write_refunds
 -- What is known of refunds.
@@ -239,10 +249,12 @@ FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::timestamptz[])
 ON CONFLICT (payment_id, dispute_id) DO UPDATE SET amount = excluded.amount, steps = excluded.steps;
 
 -- name: write_subscriptions
--- Stripe's latest word on subscriptions.
+-- Stripe's latest word on subscriptions. Whom their metadata were resolved to is whose they are, merges followed.
 INSERT INTO subscriptions (subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
                            metadata, event_at, event_rank, event_id, recorded_at)
-SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at, metadata::jsonb,
+SELECT subscription_id, account_id, customer_id, plan, status, period_start, period_end, cancel_at,
+       jsonb_set(metadata::jsonb, '{resolved_supabase_user_id}',
+                 to_jsonb(substr(account_id, strpos(account_id, ':') + 1)), false),
        event_at, event_rank, event_id, recorded_at
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
             $8::timestamptz[], $9::text[], $10::timestamptz[], $11::int[], $12::text[], $13::timestamptz[])
@@ -260,22 +272,25 @@ WHERE (subscriptions.event_at, subscriptions.event_rank, subscriptions.event_id)
 -- name: merge_purchases
 -- What a merged account bought is its heir's.
 UPDATE purchases p SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
-WHERE p.account_id = n.source;
+WHERE p.account_id = ANY (ARRAY[n.source]);
 
 -- name: merge_allocations
 -- So are months that may begin again.
 UPDATE allocations a SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
-WHERE a.account_id = n.source;
+WHERE a.account_id = ANY (ARRAY[n.source]);
 
 -- name: merge_subscriptions
--- So are its subscriptions.
-UPDATE subscriptions s SET account_id = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
-WHERE s.account_id = n.source;
+-- So are its subscriptions, and that is whom their metadata are resolved to.
+UPDATE subscriptions s
+SET account_id = n.heir, metadata = jsonb_set(s.metadata, '{resolved_supabase_user_id}',
+                                              to_jsonb(substr(n.heir, strpos(n.heir, ':') + 1)), false)
+FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE s.account_id = ANY (ARRAY[n.source]);
 
 -- name: merge_identities
 -- And every external id that was its own.
 UPDATE identities i SET owner = n.heir FROM unnest($1::text[], $2::text[]) AS n (source, heir)
-WHERE i.owner = n.source;
+WHERE i.owner = ANY (ARRAY[n.source]);
 
 -- name: forward_merged
 -- A merged account's own id means its heir from now on; one that was mapped otherwise stays as it was.
@@ -309,7 +324,7 @@ RETURNING dead_letter_id, topic, partition, kafka_offset, reason;
 UPDATE dead_letters d
 SET state = 'dead', attempts = d.attempts + 1, reason = n.reason, detail = n.detail, settled_at = NULL
 FROM unnest($1::bigint[], $2::text[], $3::text[]) AS n (dead_letter_id, reason, detail)
-WHERE d.dead_letter_id = n.dead_letter_id AND d.state = 'replaying'
+WHERE d.dead_letter_id = ANY (ARRAY[n.dead_letter_id]) AND d.state = 'replaying'
 RETURNING d.dead_letter_id, d.topic, d.partition, d.kafka_offset, d.reason;
 
 -- name: settle_dead_letters
@@ -349,7 +364,7 @@ UPDATE parked p
 SET attempts = p.attempts + 1, provider = n.provider, waits_for = n.waits_for, detail = n.detail,
     next_attempt_at = clock_timestamp() + make_interval(secs => least(300, 2 ^ least(p.attempts, 10)))
 FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS n (parked_id, provider, waits_for, detail)
-WHERE p.parked_id = n.parked_id;
+WHERE p.parked_id = ANY (ARRAY[n.parked_id]);
 
 -- name: unpark
 -- Messages that wait no longer.
@@ -390,13 +405,20 @@ DELETE FROM outbox WHERE sequence = ANY($1::bigint[]);
 -- name: find_due_accounts
 -- Accounts that time has done something to: holds past their deadline, lots past their expiry with credits unheld, months
 -- of yearly periods that have begun.
--- The clock is read in a subquery, once: a volatile call beside the column would keep the index from being used.
-SELECT account_id FROM generations
-WHERE state = 'held' AND deadline_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
+-- The clock is read in a subquery, once: a volatile call beside the column would keep the index from being used. Each order
+-- is that of the index to read: any index of open rows alone would do for the rest.
+SELECT account_id FROM (
+    SELECT account_id FROM generations
+    WHERE state = 'held' AND deadline_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
+    ORDER BY deadline_at) lapsed
 UNION
-SELECT account_id FROM lots
-WHERE open AND expires_at <= (SELECT clock_timestamp()) AND remaining > held AND account_id <> ALL($2::text[])
+SELECT account_id FROM (
+    SELECT account_id FROM lots
+    WHERE open AND expires_at <= (SELECT clock_timestamp()) AND remaining > held AND account_id <> ALL($2::text[])
+    ORDER BY expires_at) expired
 UNION
-SELECT account_id FROM accounts
-WHERE allocate_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
+SELECT account_id FROM (
+    SELECT account_id FROM accounts
+    WHERE allocate_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
+    ORDER BY allocate_at) began
 LIMIT $1;

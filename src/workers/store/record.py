@@ -444,7 +444,11 @@ async def _write_subscriptions(connection: Connection, execution: Execution) -> 
 
 
 async def _forward_merged(connection: Connection, execution: Execution) -> None:
-    """What is found by its account and was not loaded follows a merge; chains of one batch end at the last heir."""
+    """What is found by its account and was not loaded follows a merge; chains of one batch end at the last heir.
+
+    Mappings are written a second time here, after purchases. Nobody waits for this in a circle: whoever maps an id as a
+    user id has locked the account of that name, as the merge has, and other mappings are not written here.
+    """
     if not execution.merged:
         return
     sources = sorted(execution.merged)

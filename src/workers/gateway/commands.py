@@ -1,0 +1,158 @@
+"""Commands over HTTP: those of the events, decided by the same core, answered once they are committed."""
+
+from datetime import UTC, datetime
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, TypeAdapter, create_model
+
+from workers.batch import Ledger
+from workers.gateway import problems
+from workers.gateway.bodies import read_body
+from workers.gateway.connections import Late, within
+from workers.gateway.problems import Problem
+from workers.gateway.tokens import Tokens
+from workers.messages.envelope import ID, TRACEPARENT, read_json
+from workers.messages.record import Refused
+from workers.messages.schemas import EXAMPLES
+from workers.settings import Settings
+from workers.sources import Sources, Understood
+from workers.sources.direct import COMMAND_TYPES, understand_command
+from workers.store import reads
+from workers.store.reads import AccountView, CommandView, Pool
+
+COMMAND_BYTES_MAX = 256 * 1024
+READ_SECONDS_MAX = 5.0
+# The database gives a statement that waits for a lock up before: who hears nothing in this time may ask again.
+DECIDE_SECONDS_MAX = 12.0
+KEY_HEADER = "idempotency-key"
+
+Text = Annotated[str, Query(pattern=r"^[^\x00-\x1f]+$", max_length=1024)]
+
+
+class AnswerView(BaseModel):
+    """What became of a command, and its account as it is now."""
+
+    command: CommandView
+    account: AccountView | None
+
+
+def commands_router(settings: Settings, database: Late[Pool], tokens: Tokens) -> APIRouter:
+    """The routes of commands: ask for one, and see what became of one."""
+    router = APIRouter(prefix="/v1", tags=["commands"])
+    catalogue = settings.load_catalogue()
+    sources = Sources(catalogue, (), COMMAND_BYTES_MAX)
+
+    @router.get(
+        "/commands",
+        summary="What became of an event",
+        description="`source`, `type` and idempotency key as published; source `stripe` and the event's id as key "
+        "for Stripe's events, source `http` for commands over HTTP.",
+        responses=problems.responses(400, 401, 404, 503),
+        dependencies=[Depends(tokens.reader)],
+    )
+    async def command(
+        source: Text, event_type: Annotated[Text, Query(alias="type")], key: Text
+    ) -> CommandView:
+        asked = reads.command(database.current, source, event_type, key)
+        found = await within(READ_SECONDS_MAX, asked)
+        if found is None:
+            raise Problem(404, "unknown_command", "nothing is known of this event, or not yet")
+        return found
+
+    @router.post(
+        "/commands",
+        summary="Ask for something now",
+        description="The data of each type are those of its event. Decided before the answer, also when it was refused: "
+        "see `command.state`. The same key with the same content is answered with its first outcome (and the header "
+        "`idempotent-replayed`), however often it is sent; after an error or no answer, send it again.",
+        responses=problems.responses(400, 401, 403, 413, 422, 503),
+        dependencies=[Depends(tokens.admin)],
+        openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_KEY]},
+    )
+    async def ask(request: Request, response: Response) -> AnswerView:
+        body = await read_body(request, COMMAND_BYTES_MAX)
+        understood = _understand(request, body)
+        ledger = Ledger(
+            database.current,
+            sources,
+            catalogue,
+            parked_deadline_seconds=settings.parked_deadline_seconds,
+        )
+        try:
+            answer = await within(DECIDE_SECONDS_MAX, ledger.answer(understood))
+        except Refused as refused:
+            # By the draft of the header's standard: the key is right, and what it is used for is not.
+            status = 422 if refused.reason == "idempotency_conflict" else 400
+            raise Problem(status, refused.reason, refused.detail) from refused
+        if answer.replayed:
+            response.headers["idempotent-replayed"] = "true"
+        return AnswerView(command=answer.command, account=answer.account)
+
+    return router
+
+
+def _understand(request: Request, body: bytes) -> Understood:
+    """Raises Problem or Refused, which are answered with 400 and say which field is wrong, never its value."""
+    given = request.headers.getlist(KEY_HEADER)
+    key = given[0].strip() if len(given) == 1 else ""
+    if (
+        len(key) > 1 and key[0] == key[-1] == '"'
+    ):  # a string of RFC 9651, as the header's draft has it
+        key = key[1:-1]
+    if ID.match(key) is None:
+        detail = (
+            "one Idempotency-Key header is needed: 1–255 printable ASCII characters without spaces"
+        )
+        raise Problem(400, "idempotency_key_missing", detail)
+    asked: Any = read_json(body)
+    if not isinstance(asked, dict) or asked.keys() != {"type", "data"}:
+        raise Refused(
+            "malformed", "the body must be an object of `type` and `data`, and nothing else"
+        )
+    type_, data = asked["type"], asked["data"]
+    if not isinstance(type_, str):
+        raise Refused("malformed", "type: must be a string")
+    trace = TRACEPARENT.match(request.headers.get("traceparent", ""))
+    now, trace_id = datetime.now(UTC), trace[1] if trace else None
+    return understand_command("http", type_, data, key=key, now=now, trace_id=trace_id)
+
+
+# -- what the API's description says of a command ----------------------------------------------------------------------
+
+
+def _asked(name: str, data: type[BaseModel]) -> type[BaseModel]:
+    title = "".join(part.capitalize() for part in name.split("."))
+    model: type[BaseModel] = create_model(title, type=(Literal[name], ...), data=(data, ...))  # type: ignore[arg-type]  # made of a value
+    return model
+
+
+def _described() -> dict[str, Any]:
+    union: Any = reduce(or_, (_asked(name, data) for name, data in COMMAND_TYPES.items()))
+    return TypeAdapter(union).json_schema(ref_template="#/components/schemas/{model}")
+
+
+_SCHEMA = _described()
+# Where the schemas of `POST /v1/commands` are referred to.
+COMPONENTS: dict[str, Any] = _SCHEMA.pop("$defs")
+_REQUEST_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": _SCHEMA,
+            "examples": {
+                name: {"value": {"type": name, "data": EXAMPLES[name]}} for name in COMMAND_TYPES
+            },
+        }
+    },
+}
+_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": True,
+    "description": "Names this one wish: the same key again changes nothing.",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
+}
