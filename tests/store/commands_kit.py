@@ -250,7 +250,7 @@ class Books(Ledger):
             execution = await self._execute(connection, commands)
             if mentioned and await find_identities(connection, mentioned) != known:
                 raise OwnersChanged
-            links, disagreements = _fresh_links(execution, known)
+            links, disagreements = _fresh_links(execution, known, ())
             publications = await record_execution(connection, execution, links)
             publications += self._rejections(execution)
             publications += self._alerts([*execution.alerts, *disagreements], execution)

@@ -199,12 +199,8 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             assert_never(action)
 
 
-def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - flat: each action and what it names
-<<<<<<< HEAD
-    """The business ids that an entry's cause names."""
-=======
+def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911, PLR0912 - flat: each action and what it names
     """The business ids that an entry's cause names, and the reason that a person gave."""
->>>>>>> main
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
             return {"generation_id": action.generation_id}
@@ -219,14 +215,10 @@ def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911 - fl
                 {"sender": action.sender, "receiver": action.receiver}, action.reason
             )
         case MergeAccounts():
-<<<<<<< HEAD
-            return {"merged_account": action.source, "merged_into": action.target}
-        case UpdateOrganisation():
-            return {"organization_id": action.organisation}
-=======
             merged = {"merged_account": action.source, "merged_into": action.target}
             return _with_reason(merged, action.reason)
->>>>>>> main
+        case UpdateOrganisation():
+            return {"organization_id": action.organisation}
         case RecordSubscription():
             return {"subscription_id": action.subscription_id}
         case PayInvoice():

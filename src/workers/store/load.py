@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from typing import TypeAlias
 from uuid import UUID
@@ -22,6 +22,9 @@ from workers.ledger.model import (
     Dispute,
     Generation,
     Lot,
+    Member,
+    MemberUsage,
+    Organisation,
     Payment,
     Pinned,
     Purchase,
@@ -74,6 +77,8 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
         reach.booking_ids,
         money,
         reach.subscription_ids,
+        reach.organisations,
+        reach.merging,
     )
     parties = await connection.fetch(SQL["find_parties"], *map(list, named)) if any(named) else ()
     locked = sorted(row[0] for row in parties)
@@ -90,9 +95,11 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     await _load_lots(connection, state, locked)
     await _load_allocations(connection, state, reach, money)
     await _load_subscriptions(connection, state, reach, locked)
+    await _load_organisations(connection, state, reach)
     await _load_generations(connection, state, reach, locked, now)
     await _load_bookings(connection, state, reach.booking_ids)
     await _load_usage(connection, state, locked, now)
+    await _load_member_usage(connection, state, now)
     _refuse_strangers(state)
     return state, now
 
@@ -138,6 +145,7 @@ def _refuse_strangers(state: Snapshot) -> None:
     named: Iterable[str | None] = (
         *state.accounts,
         *(generation.account_id for generation in state.generations.values()),
+        *(generation.released_to for generation in state.generations.values()),
         *(booking.client for booking in state.bookings.values()),
         *(booking.practitioner for booking in state.bookings.values()),
         *(subscription.account_id for subscription in state.subscriptions.values()),
@@ -289,9 +297,10 @@ async def _load_generations(
         return
     named = list(reach.generation_ids)
     rows = await connection.fetch(SQL["load_generations"], named, locked, now)
-    if reach.merging:
-        merging = {_heir(state, account_id).account_id for account_id in reach.merging}
-        rows += await connection.fetch(SQL["load_holds"], named, list(merging), now)
+    giving = reach.merging | _switching(state, reach)
+    if giving:
+        giving = {_heir(state, account_id).account_id for account_id in giving}
+        rows += await connection.fetch(SQL["load_holds"], named, list(giving), now)
     for row in rows:
         fields = dict(row)
         allocation = orjson.loads(fields.pop("hold_allocation"))
@@ -301,6 +310,50 @@ async def _load_generations(
         deadline = generation.deadline_at
         if deadline is not None and deadline <= now and generation.account_id in state.accounts:
             state.accounts[generation.account_id].due.append(generation)
+
+
+def _switching(state: Snapshot, reach: Reach) -> set[str]:
+    """The accounts that may give their credits away: those of organisations whose mode may change, and of mirrors' members."""
+    switching = set()
+    for name, modes in reach.modes.items():
+        known = state.organisations.get(name)
+        if {known.mode if known else "shared", *modes} != {"shared"}:
+            switching.add(f"org:{name}")
+            if known is not None and known.mode == "mirror":
+                switching.update(known.members)
+    return switching | reach.mirrored
+
+
+async def _load_organisations(connection: Connection, state: Snapshot, reach: Reach) -> None:
+    """The account's lock is the organisation's. Who became a member while we waited, or of which organisation, shows now."""
+    locked = {name.removeprefix("org:") for name in state.accounts if name.startswith("org:")}
+    named = list(locked | reach.organisations)
+    if not named and not reach.merging:
+        return
+    users = [name.removeprefix("user:") for name in state.accounts if name.startswith("user:")]
+    merging = [
+        _heir(state, account_id).account_id.removeprefix("user:") for account_id in reach.merging
+    ]
+    for row in await connection.fetch(
+        SQL["load_organisations"], named, list(reach.modes), users, merging
+    ):
+        name = row["organization_id"]
+        if name not in locked:
+            raise OwnersChanged
+        known = state.organisations.get(name)
+        if known is None:
+            known = state.organisations[name] = Organisation(
+                organization_id=name,
+                mode=row["mode"],
+                as_of=row["event_at"],
+                recorded_at=row["recorded_at"],
+            )
+        if row["user_id"] is not None:
+            terms = Member(limit_credits=row["limit_credits"], period=row["period"])
+            known.members[f"user:{row['user_id']}"] = terms
+    for known in state.organisations.values():
+        if known.mode == "mirror" and not known.members.keys() <= state.accounts.keys():
+            raise OwnersChanged
 
 
 async def _load_bookings(connection: Connection, state: Snapshot, ids: Collection[str]) -> None:
@@ -329,3 +382,21 @@ async def _load_usage(
     ):
         usage = Usage(account_id=row["account_id"], day=row["day"], generations=row["generations"])
         state.usage[usage.account_id, usage.day] = usage
+
+
+async def _load_member_usage(connection: Connection, state: Snapshot, now: datetime) -> None:
+    """The counters of the month and of the week, which may have begun in the month before, whatever an account's zone."""
+    organisations = [name for name in state.accounts if name.startswith("org:")]
+    if not organisations:
+        return
+    generations = state.generations.values()
+    members = {name.removeprefix("user:") for name in state.accounts if name.startswith("user:")}
+    members |= {one.member_id for one in generations if one.member_id is not None}
+    counted = {one.counted_on for one in generations if one.member_id and one.counted_on}
+    yesterday = now.astimezone(UTC).date() - timedelta(days=1)
+    since = min(yesterday.replace(day=1), yesterday - timedelta(days=yesterday.weekday()))
+    for row in await connection.fetch(
+        SQL["load_member_usage"], organisations, list(members), since, list(counted)
+    ):
+        share = MemberUsage(**row)
+        state.member_usage[share.account_id, share.member_id, share.day] = share

@@ -49,8 +49,9 @@ SELECT p.payment_id, p.invoice_id, p.charge_id, p.refunded, p.recorded_at,
 FROM payments p WHERE p.payment_id = ANY($1::text[]);
 
 -- name: find_parties
--- Every account that must be locked: those named, those of business objects that a batch names, and the heirs of merged
--- ones.
+-- Every account that must be locked: those named, those of business objects and of organisations that a batch names, those
+-- of the organisations of who merges; the heirs of merged ones, the members of mirrors, and all between which open holds
+-- move what they release.
 WITH RECURSIVE parties AS (
     SELECT unnest($1::text[]) AS account_id
     UNION SELECT account_id FROM generations WHERE generation_id = ANY($2::text[]) AND account_id IS NOT NULL
@@ -62,12 +63,35 @@ WITH RECURSIVE parties AS (
     UNION SELECT account_id FROM allocations WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM allocations WHERE invoice_id = ANY($4::text[])
     UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
-), heirs AS (
-    SELECT account_id::text COLLATE "C" AS account_id FROM parties
-    -- One by one, by key: as a join the planner would rather read every account there is.
+    UNION SELECT 'user:' || member_id FROM generations WHERE generation_id = ANY($2::text[]) AND member_id IS NOT NULL
+    UNION SELECT 'org:' || organization_id FROM organisations WHERE organization_id = ANY($6::text[])
+), merging AS (
+    SELECT unnest($7::text[]) COLLATE "C" AS account_id
     UNION SELECT n.heir FROM (
-        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
-        FROM heirs) n WHERE n.heir IS NOT NULL
+        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = merging.account_id) AS heir
+        FROM merging) n WHERE n.heir IS NOT NULL
+), linked AS (
+    SELECT account_id::text COLLATE "C" AS account_id FROM parties
+    UNION SELECT joined.account_id FROM merging CROSS JOIN LATERAL (
+        SELECT ('org:' || m.organization_id) COLLATE "C" AS account_id FROM members m
+        WHERE m.user_id = substr(merging.account_id, 6) OFFSET 0) joined
+    UNION SELECT used.account_id FROM merging CROSS JOIN LATERAL (
+        SELECT d.account_id::text COLLATE "C" AS account_id FROM usage_days d
+        WHERE d.member_id = substr(merging.account_id, 6) AND d.member_id <> '' OFFSET 0) used
+), heirs AS (
+    SELECT account_id FROM linked
+    -- One by one, by key: as a join the planner would rather read every account there is.
+    UNION SELECT n.account_id FROM heirs CROSS JOIN LATERAL (
+        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS account_id
+        UNION ALL SELECT sole.account_id FROM organisations o CROSS JOIN LATERAL (
+            SELECT ('user:' || m.user_id) COLLATE "C" AS account_id FROM members m
+            WHERE m.organization_id = o.organization_id OFFSET 0) sole
+        WHERE heirs.account_id LIKE 'org:%' AND o.organization_id = substr(heirs.account_id, 5) AND o.mode = 'mirror'
+        UNION ALL SELECT g.released_to::text COLLATE "C" FROM generations g
+        WHERE g.account_id = heirs.account_id AND g.released_to IS NOT NULL AND g.state = 'held'
+        UNION ALL SELECT g.account_id::text COLLATE "C" FROM generations g
+        WHERE g.released_to = heirs.account_id AND g.released_to IS NOT NULL AND g.state = 'held'
+    ) n WHERE n.account_id IS NOT NULL
 )
 SELECT account_id FROM heirs;
 
@@ -119,23 +143,38 @@ SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expi
 FROM lots WHERE lot_id = ANY($2::uuid[]) AND NOT (open AND account_id = ANY($1::text[]));
 
 -- name: load_generations
--- The generations that are named, and the holds of locked accounts that are past their deadline.
+-- The generations that are named, and the holds that are past their deadline of locked accounts, or will release to them.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
-       given_back, counted_on, recorded_at
+       given_back, counted_on, released_to, recorded_at
 FROM generations WHERE generation_id = ANY($1::text[])
 UNION ALL
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
-       given_back, counted_on, recorded_at
+       given_back, counted_on, released_to, recorded_at
 FROM generations
-WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
+WHERE state = 'held' AND deadline_at <= $3 AND account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[])
+UNION ALL
+SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
+       given_back, counted_on, released_to, recorded_at
+FROM generations
+WHERE released_to = ANY($2::text[]) AND released_to IS NOT NULL AND state = 'held' AND deadline_at <= $3
+  AND NOT account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_holds
--- All open holds of accounts that merge.
+-- All open holds of accounts that merge or give their credits away, and those that will release to them.
 SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
-       given_back, counted_on, recorded_at
+       given_back, counted_on, released_to, recorded_at
 FROM unnest($2::text[]) AS wanted (id)
 CROSS JOIN LATERAL (SELECT * FROM generations g WHERE g.state = 'held' AND g.account_id = wanted.id OFFSET 0) g
-WHERE deadline_at > $3 AND NOT generation_id = ANY($1::text[]);
+WHERE deadline_at > $3 AND NOT generation_id = ANY($1::text[])
+UNION ALL
+SELECT generation_id, account_id, member_id, state, kind, model, units, held, hold_allocation, deadline_at, taken,
+       given_back, counted_on, released_to, recorded_at
+FROM unnest($2::text[]) AS wanted (id)
+CROSS JOIN LATERAL (
+    SELECT * FROM generations g
+    WHERE g.released_to = wanted.id AND g.released_to IS NOT NULL AND g.state = 'held' OFFSET 0
+) g
+WHERE deadline_at > $3 AND NOT account_id = ANY($2::text[]) AND NOT generation_id = ANY($1::text[]);
 
 -- name: load_bookings
 -- The bookings that are named.
@@ -171,6 +210,29 @@ FROM subscriptions WHERE subscription_id = ANY($1::text[]) OR account_id = ANY($
 SELECT account_id, day, generations FROM usage_days
 WHERE account_id = ANY($1::text[]) AND member_id = '' AND (day >= $2::date - 1 OR day = ANY($3::date[]));
 
+-- name: load_organisations
+-- The organisations whose accounts are locked, and those of who merges: in these, the locked users and, where all are
+-- wanted or there is but one, all members. One row for each member, and one without for each organisation.
+SELECT o.organization_id, o.mode, o.event_at, o.recorded_at, NULL AS user_id, NULL::bigint AS limit_credits, NULL AS period
+FROM organisations o WHERE o.organization_id = ANY($1::text[])
+UNION ALL
+SELECT o.organization_id, o.mode, o.event_at, o.recorded_at, m.user_id::text, m.limit_credits, m.period
+FROM organisations o CROSS JOIN LATERAL (
+    SELECT * FROM members m WHERE m.organization_id = o.organization_id
+      AND (o.mode = 'mirror' OR o.organization_id = ANY($2::text[]) OR m.user_id = ANY($3::text[])) OFFSET 0
+) m WHERE o.organization_id = ANY($1::text[])
+UNION ALL
+SELECT o.organization_id, o.mode, o.event_at, o.recorded_at, m.user_id::text, m.limit_credits, m.period
+FROM unnest($4::text[]) AS wanted (id)
+CROSS JOIN LATERAL (SELECT * FROM members m WHERE m.user_id = wanted.id OFFSET 0) m
+CROSS JOIN LATERAL (SELECT * FROM organisations o WHERE o.organization_id = m.organization_id OFFSET 0) o
+WHERE NOT o.organization_id = ANY($1::text[]);
+
+-- name: load_member_usage
+-- What members used of locked organisations since a day, and on the days on which loaded generations were counted.
+SELECT account_id, member_id, day, held, captured FROM usage_days
+WHERE account_id = ANY($1::text[]) AND member_id = ANY($2::text[]) AND (day >= $3::date OR day = ANY($4::date[]));
+
 -- name: update_accounts
 -- The new totals of the accounts that changed, whose rows this transaction has locked.
 UPDATE accounts a
@@ -198,13 +260,13 @@ WHERE l.lot_id = ANY (ARRAY[n.lot_id]);
 -- name: update_generations
 -- The new state of generations that were there before.
 UPDATE generations g
-SET account_id = n.account_id, state = n.state, held = n.held, hold_allocation = n.hold_allocation::jsonb,
-    deadline_at = n.deadline_at, taken = n.taken, given_back = n.given_back, counted_on = n.counted_on,
-    recorded_at = n.recorded_at
-FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::timestamptz[], $7::bigint[],
-            $8::bigint[], $9::date[], $10::timestamptz[])
-     AS n (generation_id, account_id, state, held, hold_allocation, deadline_at, taken, given_back, counted_on,
-           recorded_at)
+SET account_id = n.account_id, member_id = n.member_id, state = n.state, held = n.held,
+    hold_allocation = n.hold_allocation::jsonb, deadline_at = n.deadline_at, taken = n.taken, given_back = n.given_back,
+    counted_on = n.counted_on, released_to = n.released_to, recorded_at = n.recorded_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::timestamptz[], $8::bigint[],
+            $9::bigint[], $10::date[], $11::text[], $12::timestamptz[])
+     AS n (generation_id, account_id, member_id, state, held, hold_allocation, deadline_at, taken, given_back, counted_on,
+           released_to, recorded_at)
 WHERE g.generation_id = ANY (ARRAY[n.generation_id]);
 
 -- name: update_bookings
@@ -304,6 +366,47 @@ ORDER BY 1 ON CONFLICT DO NOTHING;
 INSERT INTO usage_days (account_id, day, generations)
 SELECT * FROM unnest($1::text[], $2::date[], $3::bigint[])
 ON CONFLICT (account_id, member_id, day) DO UPDATE SET generations = excluded.generations;
+
+-- name: write_organisations
+-- What is told of organisations, whose accounts this transaction has locked.
+INSERT INTO organisations (organization_id, mode, event_at, recorded_at)
+SELECT * FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
+ON CONFLICT (organization_id) DO UPDATE
+SET mode = excluded.mode, event_at = excluded.event_at, recorded_at = excluded.recorded_at;
+
+-- name: delete_members
+-- Who left an organisation, or became part of somebody else.
+DELETE FROM members m USING unnest($1::text[], $2::text[]) AS n (organization_id, user_id)
+WHERE (m.organization_id, m.user_id) = (n.organization_id, n.user_id);
+
+-- name: write_members
+-- Who belongs to an organisation, with limits.
+INSERT INTO members (organization_id, user_id, limit_credits, period)
+SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[])
+ON CONFLICT (organization_id, user_id) DO UPDATE SET limit_credits = excluded.limit_credits, period = excluded.period;
+
+-- name: write_member_usage
+-- What members have in use, by day.
+INSERT INTO usage_days (account_id, member_id, day, held, captured)
+SELECT * FROM unnest($1::text[], $2::text[], $3::date[], $4::bigint[], $5::bigint[])
+ON CONFLICT (account_id, member_id, day) DO UPDATE SET held = excluded.held, captured = excluded.captured;
+
+-- name: merge_member_usage
+-- What a merged account used of organisations counts for its heir, on the same days.
+WITH gone AS (
+    DELETE FROM usage_days d USING unnest($1::text[], $2::text[]) AS n (source, heir)
+    WHERE d.member_id = substr(n.source, 6) AND d.member_id <> ''
+    RETURNING d.account_id, substr(n.heir, 6) AS member_id, d.day, d.held, d.captured
+)
+INSERT INTO usage_days (account_id, member_id, day, held, captured)
+SELECT account_id, member_id, day, sum(held), sum(captured) FROM gone GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+ON CONFLICT (account_id, member_id, day) DO UPDATE
+SET held = usage_days.held + excluded.held, captured = usage_days.captured + excluded.captured;
+
+-- name: merge_members
+-- So do its open holds on organisations, whose end looks for its counter.
+UPDATE generations g SET member_id = substr(n.heir, 6) FROM unnest($1::text[], $2::text[]) AS n (source, heir)
+WHERE g.member_id = substr(n.source, 6) AND g.member_id IS NOT NULL AND g.state = 'held';
 
 -- name: write_dead_letters
 -- Keep messages that could not be applied; one that is kept already, at the same coordinates, stays as it is.

@@ -29,7 +29,7 @@ LOT_COLUMNS = (
 )  # fmt: skip
 GENERATION_COLUMNS = (
     "generation_id", "account_id", "member_id", "state", "kind", "model", "units", "held", "hold_allocation",
-    "deadline_at", "taken", "given_back", "counted_on", "recorded_at",
+    "deadline_at", "taken", "given_back", "counted_on", "released_to", "recorded_at",
 )  # fmt: skip
 BOOKING_COLUMNS = (
     "booking_id", "client_account", "practitioner_account", "state", "credits", "given_back", "earning_lot",
@@ -92,6 +92,7 @@ async def record_execution(
     await _write_payments(connection, execution)
     await _write_subscriptions(connection, execution)
     await _write_usage(connection, execution)
+    await _write_organisations(connection, execution)
     await _forward_merged(connection, execution)
     return publications
 
@@ -267,6 +268,7 @@ async def _write_generations(connection: Connection, execution: Execution) -> No
             generation.taken,
             generation.given_back,
             generation.counted_on,
+            generation.released_to,
             generation.recorded_at,
         )
         for generation in sorted(generations, key=lambda one: one.generation_id)
@@ -277,6 +279,7 @@ async def _write_generations(connection: Connection, execution: Execution) -> No
         (
             generation.generation_id,
             generation.account_id,
+            generation.member_id,
             generation.state,
             generation.held,
             _pinned(generation),
@@ -284,6 +287,7 @@ async def _write_generations(connection: Connection, execution: Execution) -> No
             generation.taken,
             generation.given_back,
             generation.counted_on,
+            generation.released_to,
             generation.recorded_at,
         )
         for generation in generations
@@ -331,6 +335,44 @@ async def _write_usage(connection: Connection, execution: Execution) -> None:
     ]
     if rows:
         await connection.execute(SQL["write_usage"], *columns(rows))
+
+
+async def _write_organisations(connection: Connection, execution: Execution) -> None:
+    organisations = execution.state.organisations
+    told = [
+        (one.organization_id, one.mode, one.as_of, one.recorded_at)
+        for _, one in sorted(organisations.items())
+        if one.changed
+    ]
+    if told:
+        await connection.execute(SQL["write_organisations"], *columns(told))
+    left = [
+        (one.organization_id, account_id.removeprefix("user:"))
+        for one in organisations.values()
+        for account_id in one.left
+    ]
+    if left:
+        await connection.execute(SQL["delete_members"], *columns(left))
+    members = [
+        (
+            one.organization_id,
+            account_id.removeprefix("user:"),
+            terms.limit_credits,
+            terms.period,
+        )
+        for one in organisations.values()
+        for account_id, terms in one.members.items()
+        if terms.changed
+    ]
+    if members:
+        await connection.execute(SQL["write_members"], *columns(members))
+    shares = [
+        (share.account_id, share.member_id, share.day, share.held, share.captured)
+        for share in execution.state.member_usage.values()
+        if share.changed
+    ]
+    if shares:
+        await connection.execute(SQL["write_member_usage"], *columns(shares))
 
 
 async def _write_purchases(connection: Connection, execution: Execution) -> None:
@@ -462,4 +504,6 @@ async def _forward_merged(connection: Connection, execution: Execution) -> None:
     await connection.execute(SQL["merge_allocations"], sources, heirs)
     await connection.execute(SQL["merge_subscriptions"], sources, heirs)
     await connection.execute(SQL["merge_identities"], sources, heirs)
+    await connection.execute(SQL["merge_member_usage"], sources, heirs)
+    await connection.execute(SQL["merge_members"], sources, heirs)
     await connection.execute(SQL["forward_merged"], sources, heirs, execution.now)
