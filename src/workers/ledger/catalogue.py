@@ -211,6 +211,36 @@ class Catalogue(_Part):
         found = self.tiers.get(tier)
         return found.signup_credits if found else 0
 
+    def notes(self) -> list[str]:
+        """What is allowed and yet may not be meant, each in a sentence."""
+        notes = []
+        if "free" not in self.tiers:
+            notes.append(
+                "there is no [tiers.free]: who has no plan has no daily limit and no sign-up credits"
+            )
+        notes += [
+            f"plans.{name} has no Stripe price: nobody can subscribe to it"
+            for name, plan in self.plans.items()
+            if not plan.stripe_prices
+        ]
+        notes += [
+            f"packs.{name} has no Stripe price: only a checkout whose metadata.pack names it can sell it"
+            for name, pack in self.packs.items()
+            if not pack.stripe_prices
+        ]
+        notes += [
+            f"{price} looks like the id of a product; what Stripe's invoices name are prices (price_…)"
+            for price in (*self._plan_of_price, *self._pack_of_price)
+            if price.startswith("prod_")
+        ]
+        notes += [
+            f"generations.{kind}.models.{model} costs what the kind costs: the line changes nothing"
+            for kind, price in self.generations.items()
+            for model, credits in price.models.items()
+            if credits == price.credits
+        ]
+        return notes
+
 
 def parse_catalogue(text: str) -> Catalogue:
     """Validate a catalogue's TOML. Raises CatalogueError with every problem, its place and its mend."""
