@@ -9,6 +9,7 @@ import orjson
 from workers.batch import Ledger
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
 from workers.ledger.model import Alert
+from workers.store.database import open_pool
 
 from .kit import (
     CATALOGUE,
@@ -17,6 +18,7 @@ from .kit import (
     event,
     grant,
     invoice,
+    ledger_over,
     money,
     outcomes,
     register,
@@ -119,6 +121,26 @@ async def test_a_batch_keeps_the_catalogue_that_it_was_read_with(
         ledger.adopt(WITHOUT_PLANS)
 
     assert outcomes(await applying) == {"applied": 1}
+    assert await priced(owner) == [("subscription_grant", 800, "2026-11")]
+
+
+async def test_a_batch_that_waits_for_a_connection_keeps_its_catalogue(
+    database_url: str, owner: asyncpg.Connection
+) -> None:
+    """The same when the change comes between the reading of a batch and its transaction."""
+    paid = invoice(
+        "in_1", "sub_1", "cus_1", start=START, end=START + timedelta(days=30), user="ann"
+    )
+    async with await open_pool(database_url, size_max=1, name="tests") as pool:
+        ledger = ledger_over(pool)
+        async with pool.acquire():
+            applying = asyncio.create_task(ledger.apply([paid]))
+            await asyncio.sleep(
+                0
+            )  # its first step: it has read the record, and there is no connection
+            ledger.adopt(WITHOUT_PLANS)
+
+        assert outcomes(await applying) == {"applied": 1}
     assert await priced(owner) == [("subscription_grant", 800, "2026-11")]
 
 
