@@ -31,6 +31,8 @@ StripePrices = Annotated[
     tuple[PriceId, ...],
     Field(description="Stripe price ids that buy it; a price id stands in one plan or pack only."),
 ]
+# For editors: a name that is none is underlined, too.
+_NAMED: dict[str, Any] = {"json_schema_extra": {"additionalProperties": False}}
 
 
 class Problem(NamedTuple):
@@ -124,7 +126,7 @@ class GenerationPrice(_Part):
     credits: Annotated[Credits, Field(description="For each unit.")]
     models: Annotated[
         dict[Model, Credits],
-        Field(description="For each unit by a model that has a price of its own."),
+        Field(description="For each unit by a model that has a price of its own.", **_NAMED),
     ] = Field(default_factory=dict)
     hold_seconds: Annotated[
         int,
@@ -155,10 +157,24 @@ class Catalogue(_Part):
             description="Any name, a new one for each change: entries name it.",
         ),
     ]
-    tiers: dict[Name, Tier] = Field(default_factory=dict)
-    plans: dict[Name, Plan] = Field(default_factory=dict)
-    packs: dict[Name, Pack] = Field(default_factory=dict)
-    generations: dict[Name, GenerationPrice] = Field(default_factory=dict)
+    tiers: Annotated[
+        dict[Name, Tier],
+        Field(description="What an account is; free until something else is said.", **_NAMED),
+    ] = Field(default_factory=dict)
+    plans: Annotated[
+        dict[Name, Plan],
+        Field(description="What invoices grant, by the Stripe prices of their lines.", **_NAMED),
+    ] = Field(default_factory=dict)
+    packs: Annotated[dict[Name, Pack], Field(description="What checkouts sell.", **_NAMED)] = Field(
+        default_factory=dict
+    )
+    generations: Annotated[
+        dict[Name, GenerationPrice],
+        Field(
+            description="What a kind of generation costs. Of a kind that is not here the event's own claim counts.",
+            **_NAMED,
+        ),
+    ] = Field(default_factory=dict)
     alerts: Alerts = Alerts()
     renewal_grace_seconds: Annotated[
         int,
