@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from workers.catalogue_file import CatalogueFile, Refused
-from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, CatalogueError
+from workers.ledger.catalogue import (
+    DEFAULT_CATALOGUE,
+    Alerts,
+    Catalogue,
+    CatalogueError,
+    GenerationPrice,
+    Pack,
+    Plan,
+    Tier,
+    parse_catalogue,
+)
 
 DEARER = DEFAULT_CATALOGUE.replace("2026-11", "2026-12").replace("credits = 40", "credits = 50")
 BROKEN = DEFAULT_CATALOGUE.replace("credits = 40", "credits = 0")
@@ -151,6 +161,22 @@ def test_no_two_catalogues_are_in_force_under_one_version(path: Path) -> None:
     assert all(version.startswith("2026-11+") for version in (marked, again))
     path.write_text("# as it was\n" + DEFAULT_CATALOGUE)
     assert video(adopted(file)) == ("2026-11", 40)
+
+
+def test_the_guide_tells_every_key_and_the_mistakes_as_they_are_told() -> None:
+    """docs/catalogue.md has each key of each part, and its mistakes are those of the built-in catalogue, mistaken."""
+    guide = (Path(__file__).parents[1] / "docs" / "catalogue.md").read_text()
+    keys = set(Catalogue.model_fields)
+    for part in (Tier, Plan, Pack, GenerationPrice, Alerts):
+        keys |= set(part.model_fields)
+    mistaken = DEFAULT_CATALOGUE.replace("_days = 90", "_days = 0")
+
+    with pytest.raises(CatalogueError) as error:
+        parse_catalogue(mistaken.replace("credits = 40", "credit = 40"))
+
+    table = guide[guide.index("| part |") : guide.index("- Amounts")]
+    assert {key for key in keys if key not in table} == set()
+    assert error.value.told("catalogue.toml") in guide
 
 
 def test_the_built_in_catalogue_never_changes() -> None:
