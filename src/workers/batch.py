@@ -241,7 +241,7 @@ class Ledger:
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
         ):
-            execution = await self._execute(connection, commands, self._sources)
+            execution = await self._execute(connection, commands)
             publications = await record_execution(connection, execution, ())
             publications += self._alerts(execution.alerts, execution)
             await record_publications(connection, publications)
@@ -391,9 +391,13 @@ class Ledger:
         return readings
 
     async def _execute(
-        self, connection: Connection, commands: Sequence[Command], sources: Sources
+        self,
+        connection: Connection,
+        commands: Sequence[Command],
+        sources: Sources | None = None,
     ) -> Execution:
-        catalogue = sources.catalogue
+        """Decide commands with the catalogue that they were read with; what nobody read, with the one in force."""
+        catalogue = (sources or self._sources).catalogue
         state, now = await load(connection, reach_of(commands, catalogue))
         return execute(state, commands, now=now, catalogue=catalogue, ids=self._ids)
 
