@@ -14,14 +14,17 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from tests.ledger.broken_catalogues import BROKEN, Broken
 from tests.store.kit import grant, ledger_over, register
 
 from workers import cli
 from workers.embedded import Servers
-from workers.ledger.catalogue import DEFAULT_CATALOGUE
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.settings import Settings, SettingsError
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 from workers.up.stack_file import Stack, write_stack
+from workers.worker import serve_worker
 
 LETTER = """
     INSERT INTO credits.dead_letters (topic, partition, kafka_offset, record_hash, key, value, headers, reason, detail,
@@ -312,16 +315,173 @@ def test_books_are_audited(
 
 
 def test_a_catalogue_is_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A good one exits 0 and tells what it sells; a bad one exits 1 and names the key."""
+    """A good one exits 0 and tells what it sells; a bad one exits 1 and tells each line to mend."""
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text(DEFAULT_CATALOGUE)
-    bad.write_text(DEFAULT_CATALOGUE.replace("credits = 40", "credit = 40"))
+    mistaken = DEFAULT_CATALOGUE.replace("credits = 40", "credit = 40").replace(
+        "_days = 90", "_days = 0"
+    )
+    bad.write_text(mistaken)
     told = answered(capsys, "catalogue", "check", str(good))
     assert told["valid"] is True
-    assert told["packs"] == ["promo", "small"]
+    assert told["packs"]["promo"] == {
+        "stripe_prices": ["price_pack_promo"],
+        "credits": 50,
+        "expires_days": 90,
+    }
+    assert told["notes"] == []
+
     told = answered(capsys, "catalogue", "check", str(bad), status=1)
     assert told["valid"] is False
-    assert "generations.video" in told["error"]
+    lines = mistaken.splitlines()
+    assert [(one["line"], one["column"], one["key"]) for one in told["problems"]] == [
+        (lines.index("expires_days = 0") + 1, 1, "packs.promo.expires_days"),
+        (lines.index("[generations.video]") + 1, 1, "generations.video.credits"),
+        (lines.index("credit = 40") + 1, 1, "generations.video.credit"),
+    ]
+
+    assert cli.run(["catalogue", "check", str(bad)]) == 1
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        f"{bad}:{lines.index('expires_days = 0') + 1}:1: packs.promo.expires_days is 0: "
+    )
+    assert last.endswith("generations.video.credit is not a known key: did you mean credits?")
+
+
+def test_what_a_catalogue_sells_is_shown(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Tiers, plans, packs and generations as tables; what may not be meant as notes."""
+    file = tmp_path / "shop.toml"
+    file.write_text(
+        DEFAULT_CATALOGUE.replace("[tiers.free]", "[tiers.gratis]")
+        + """
+[packs.gift]
+credits = 1_500
+[packs.odd]
+stripe_prices = ["prod_1"]
+credits = 1
+"""
+    )
+
+    assert cli.run(["catalogue", "check", str(file)]) == 0
+
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "gratis 10 3" in rows
+    assert "pro_yearly pro 800 month none 0 price_pro_yearly" in rows
+    assert "gift 1,500 never none" in rows
+    assert "promo 50 90 days price_pack_promo" in rows
+    assert "image flux-pro 6 900 s" in rows
+    notes = [row for row in rows if row.startswith("note: ")]
+    assert [
+        next(word for word in ("[tiers.free]", "packs.gift", "prod_1") if word in note)
+        for note in notes
+    ] == ["[tiers.free]", "packs.gift", "prod_1"]
+
+
+def test_the_example_is_a_catalogue_that_says_what_it_promises(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Three tiers, 800 credits for pro, a yearly plan by months, three packs, images and videos; editors find its schema."""
+    text = answered(capsys, "catalogue", "example")["example"]
+    assert cli.run(["catalogue", "example"]) == 0
+    assert capsys.readouterr().out == text
+
+    assert text.startswith("#:schema ./catalogue.schema.json\n")
+    found = parse_catalogue(text)
+    assert found.tiers.keys() == {"free", "pro", "pro_plus"}
+    assert found.plans["pro_monthly"].credits == 800
+    assert found.plans["pro_yearly"].allocation == "monthly"
+    assert {plan.tier for plan in found.plans.values()} == {"pro", "pro_plus"}
+    assert len(found.packs) == 3
+    assert found.generations.keys() == {"image", "video"}
+    assert found.notes() == []
+
+
+def test_a_file_that_is_none_exits_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A folder, a pipe, a device, a path that cannot be: one sentence, and nobody waits for a writer."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is a folder" in refused(capsys, "catalogue", "check", str(tmp_path))
+    for file in (str(pipe), "/dev/null"):
+        assert f"{file}: is not a regular file" in refused(capsys, "catalogue", "check", file)
+    assert "cannot be read" in refused(capsys, "catalogue", "check", "x" * 5000)
+
+
+def test_a_file_that_may_not_be_read_exits_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is said that rights are missing."""
+    file = tmp_path / "secret.toml"
+    file.write_text(DEFAULT_CATALOGUE)
+    file.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything: nobody may not
+    try:
+        sentence = refused(capsys, "catalogue", "check", str(file))
+    finally:
+        os.seteuid(user)
+    assert f"{file}: may not be read: give this user the right" in sentence
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda one: one.why)
+async def test_no_broken_catalogue_starts_a_worker(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, closed_port: int, broken: Broken
+) -> None:
+    """`credits catalogue check` exits 1 with line and mend; the worker refuses the same before it asks for any server."""
+    file = tmp_path / "shop.toml"
+    file.write_bytes(broken.content)
+    told = answered(capsys, "catalogue", "check", str(file), status=1)
+    mends = [
+        f"{one['what']}: {one['mend']}" for one in told["problems"] if one["line"] == broken.line
+    ]
+    assert any(all(word in mend for word in broken.words) for mend in mends), told["problems"]
+
+    address = f"127.0.0.1:{closed_port}"
+    settings = Settings(
+        database_url=f"postgresql://{address}/credits", kafka_bootstrap=address, catalogue=file
+    )
+    with pytest.raises(SettingsError) as error:
+        await asyncio.wait_for(serve_worker(settings, stop=asyncio.Event()), 5)
+    assert told["error"] in str(error.value)
+
+
+def test_a_worker_says_what_to_mend_and_ends(tmp_path: Path, closed_port: int) -> None:
+    """`credits worker` with a broken catalogue exits 2 at once: every line of the file to mend, and no traceback."""
+    file = tmp_path / "shop.toml"
+    file.write_text('version = "1"\n[packs.y]\ncredits = 0\nexpire_days = 3\n')
+    address = f"127.0.0.1:{closed_port}"
+    inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
+    told = subprocess.run(
+        [sys.executable, "-m", "workers", "worker"],
+        env={
+            **inherited,
+            "CREDITS_STACK": "external",
+            "CREDITS_DATABASE_URL": f"postgresql://{address}/credits",
+            "CREDITS_KAFKA_BOOTSTRAP": address,
+            "CREDITS_CATALOGUE": str(file),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert told.returncode == 2
+    assert "Traceback" not in told.stdout + told.stderr
+    first, *lines = told.stderr.splitlines()
+    assert first == "credits: the catalogue (CREDITS_CATALOGUE) cannot be used."
+    assert [line.split(": ")[0] for line in lines] == [f"{file}:3:1", f"{file}:4:1"]
+
+
+def test_a_catalogue_given_by_its_content_is_no_path(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CREDITS_CATALOGUE_FILE holds the path, as every _FILE variable holds the value: who puts the catalogue there is told."""
+    file = tmp_path / "shop.toml"
+    file.write_text(DEFAULT_CATALOGUE)
+    monkeypatch.setenv("CREDITS_CATALOGUE_FILE", str(file))
+    monkeypatch.setenv("CREDITS_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/credits")
+    assert "CREDITS_CATALOGUE=/path/to/catalogue.toml" in refused(capsys, "why", "user:ada")
 
 
 def test_the_stack_that_runs_in_the_home_is_found(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -146,7 +146,11 @@ class _Decided(NamedTuple):
 
 
 class Ledger:
-    """Applies records and time to the books: one transaction for each batch."""
+    """Applies records and time to the books: one transaction for each batch.
+
+    A batch is read and decided with one catalogue, whenever another is put in force: a plan that its reading found is
+    there when it is granted.
+    """
 
     def __init__(
         self,
@@ -157,14 +161,32 @@ class Ledger:
         parked_deadline_seconds: int,
     ) -> None:
         self._pool = pool
-        self._sources = sources
-        self._catalogue = catalogue
+        self._sources = replace(sources, catalogue=catalogue)
         self._deadline_seconds = parked_deadline_seconds
         self._ids: Iterator[UUID] = new_ids()
         self._refused_in_a_row = 0
         self._unsettled: set[str] = set()
 
     # -- doors ----------------------------------------------------------------------------------------------------
+
+    def adopt(self, catalogue: Catalogue) -> None:
+        """Put a catalogue in force for every batch that begins from now on."""
+        self._sources = replace(self._sources, catalogue=catalogue)
+
+    async def tell(self, alert: Alert) -> Report:
+        """Publish an alert that is about no record.
+
+        Raises:
+            OSError, asyncpg errors: the database is away; nothing was told.
+        """
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            now = await connection.fetchval(SQL["read_clock"])
+            publication = outbound.alert(alert, id_=next(self._ids), now=now)
+            await record_publications(connection, [publication])
+        return Report(published=1)
 
     async def apply(self, works: Sequence[Work]) -> Report:
         """Apply records in order; when it returns, all of them are committed.
@@ -174,7 +196,8 @@ class Ledger:
             TooManyRefused: the database refuses record after record.
         """
         refused: list[tuple[Work, Exception]] = []
-        report = await self._apply_or_split(works, refused)
+        sources = self._sources
+        report = await self._apply_or_split(works, refused, sources)
         if not refused:
             self._refused_in_a_row = 0
             return report
@@ -184,7 +207,8 @@ class Ledger:
         )
         if self._refused_in_a_row > REFUSED_IN_A_ROW_MAX:
             raise TooManyRefused(describe(refused[-1][1])) from refused[-1][1]
-        report.add(await self._apply_read([(work, _refusal(error)) for work, error in refused]))
+        readings = [(work, _refusal(error)) for work, error in refused]
+        report.add(await self._apply_read(readings, sources))
         return report
 
     async def apply_parked(self, limit: int) -> Report | None:
@@ -221,9 +245,8 @@ class Ledger:
             if not isinstance(built, Command):
                 raise Refused("unresolved", built.detail)
             answers = [(0, identities.take_answers())]
-            decided = await self._decide(
-                connection, [built], understood.external_ids, known, answers
-            )
+            mentioned, catalogue = understood.external_ids, self._sources.catalogue
+            decided = await self._decide(connection, [built], mentioned, known, answers, catalogue)
             await record_publications(connection, decided.publications)
             return decided.execution.decisions[0]
 
@@ -231,8 +254,11 @@ class Ledger:
         self, limit: int, refusals: Mapping[int | None, Refused]
     ) -> Report | None:
         claimed: list[Work] = []
+        sources = self._sources
         try:
-            report = await self._loading_anew(lambda: self._apply_claimed(limit, claimed, refusals))
+            report = await self._loading_anew(
+                lambda: self._apply_claimed(limit, claimed, refusals, sources)
+            )
         except Exception as error:
             if classify(error)[0] in STOPPING or not claimed:
                 raise
@@ -281,7 +307,7 @@ class Ledger:
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
         ):
-            execution = await self._execute(connection, commands)
+            execution = await self._execute(connection, commands, self._sources.catalogue)
             publications = await record_execution(connection, execution, ())
             publications += self._alerts(execution.alerts, execution)
             await record_publications(connection, publications)
@@ -308,9 +334,10 @@ class Ledger:
 
     # -- the path -----------------------------------------------------------------------------------------------
 
-    def _read(self, work: Work, fetched: Fetched = MappingProxyType({})) -> Reading:
+    @staticmethod
+    def _read(work: Work, sources: Sources, fetched: Fetched = MappingProxyType({})) -> Reading:
         try:
-            return self._sources.read(work.record, fetched)
+            return sources.read(work.record, fetched)
         except Refused as refused:
             return refused
         except Exception as error:
@@ -320,7 +347,11 @@ class Ledger:
             return Refused("malformed", f"reading it failed: {describe(error)}", manual_fix=True)
 
     async def _apply_claimed(
-        self, limit: int, claimed: list[Work], refusals: Mapping[int | None, Refused]
+        self,
+        limit: int,
+        claimed: list[Work],
+        refusals: Mapping[int | None, Refused],
+        sources: Sources,
     ) -> Report | None:
         """Apply what can be claimed. `refusals` are by number: between two attempts another worker may have taken
         the message that was refused, and what is claimed instead is innocent.
@@ -334,29 +365,32 @@ class Ledger:
             if not claimed:
                 return None
             readings = [
-                (work, refusals.get(work.parked_id) or self._read(work)) for work in claimed
+                (work, refusals.get(work.parked_id) or self._read(work, sources))
+                for work in claimed
             ]
-            report = await self._apply_in(connection, readings)
+            report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
-    async def _apply_read(self, readings: Sequence[tuple[Work, Reading]]) -> Report:
+    async def _apply_read(
+        self, readings: Sequence[tuple[Work, Reading]], sources: Sources
+    ) -> Report:
         started = time.perf_counter()
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
         ):
-            report = await self._apply_in(connection, readings)
+            report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
     async def _apply_or_split(
-        self, works: Sequence[Work], refused: list[tuple[Work, Exception]]
+        self, works: Sequence[Work], refused: list[tuple[Work, Exception]], sources: Sources
     ) -> Report:
         """Apply records, halving what the database refuses until the record is alone that it means."""
-        readings = [(work, self._read(work)) for work in works]
+        readings = [(work, self._read(work, sources)) for work in works]
         try:
-            return await self._loading_anew(lambda: self._apply_read(readings))
+            return await self._loading_anew(lambda: self._apply_read(readings, sources))
         except Exception as error:
             if classify(error)[0] in STOPPING:
                 raise
@@ -364,22 +398,24 @@ class Ledger:
                 refused.append((works[0], error))
                 return Report()
         middle = len(works) // 2
-        report = await self._apply_or_split(works[:middle], refused)
-        report.add(await self._apply_or_split(works[middle:], refused))
+        report = await self._apply_or_split(works[:middle], refused, sources)
+        report.add(await self._apply_or_split(works[middle:], refused, sources))
         return report
 
     async def _apply_in(
-        self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
+        self, connection: Connection, readings: Sequence[tuple[Work, Reading]], sources: Sources
     ) -> Report:
         """Everything between BEGIN and COMMIT."""
-        readings = await self._read_with_fetched(connection, readings)
+        readings = await self._read_with_fetched(connection, readings, sources)
         mentioned = {
             id_ for _, read in readings if isinstance(read, Understood) for id_ in read.external_ids
         }
         known = await find_identities(connection, mentioned)
         batch = _sort(readings, Identities(known))
         commands = [command for _, command in batch.commands]
-        decided = await self._decide(connection, commands, mentioned, known, batch.answers)
+        decided = await self._decide(
+            connection, commands, mentioned, known, batch.answers, sources.catalogue
+        )
         execution, publications = decided.execution, decided.publications
         for (work, _), decision in zip(batch.commands, execution.decisions, strict=True):
             if isinstance(decision.outcome, Conflict):
@@ -389,7 +425,7 @@ class Ledger:
         )
         kept = await keep_dead(connection, batch.dead)
         publications += self._dead_letters(kept, batch.dead, execution)
-        if not self._sources.fetches:
+        if not sources.fetches:
             publications += self._never_fetched(parked, execution)
         await settle_parked(
             connection,
@@ -407,6 +443,7 @@ class Ledger:
         mentioned: Collection[str],
         known: Sequence[tuple[str, str, str]],
         answers: Sequence[tuple[int, tuple[Answer, ...]]],
+        catalogue: Catalogue,
     ) -> _Decided:
         """Load, decide, write.
 
@@ -414,7 +451,7 @@ class Ledger:
             OwnersChanged: what was known of the ids that are mentioned changed meanwhile.
             ResolvedOtherwise: a record's `answers` do not stand after the commands before it.
         """
-        execution = await self._execute(connection, commands)
+        execution = await self._execute(connection, commands, catalogue)
         if mentioned and await find_identities(connection, mentioned) != known:
             raise OwnersChanged
         links, disagreements = _fresh_links(execution, known, answers)
@@ -424,7 +461,7 @@ class Ledger:
         return _Decided(execution, publications, linked=bool(links))
 
     async def _read_with_fetched(
-        self, connection: Connection, readings: Sequence[tuple[Work, Reading]]
+        self, connection: Connection, readings: Sequence[tuple[Work, Reading]], sources: Sources
     ) -> Sequence[tuple[Work, Reading]]:
         """Read records anew that lack something which was fetched since. What was fetched may lack something too."""
         fetched: dict[str, Any] = {}
@@ -434,19 +471,21 @@ class Ledger:
             rows = await connection.fetch(SQL["find_fetched"], list(paths))
             fetched |= {row[0]: orjson.loads(row[1]) for row in rows}
             readings = [
-                (work, self._read(work, fetched) if isinstance(read, Lacking) else read)
+                (work, self._read(work, sources, fetched) if isinstance(read, Lacking) else read)
                 for work, read in readings
             ]
         return readings
 
-    async def _execute(self, connection: Connection, commands: Sequence[Command]) -> Execution:
+    async def _execute(
+        self, connection: Connection, commands: Sequence[Command], catalogue: Catalogue
+    ) -> Execution:
         decided: set[CommandKey] = set()
         if any(link.itself is not None for command in commands for link in command.links):
             # An id that is linked gets an account, so that it can be locked: not for what changes nothing.
             keys = {command.cause.command_key for command in commands}
             decided = await find_decided(connection, keys)
-        state, now = await load(connection, reach_of(commands, self._catalogue, decided))
-        return execute(state, commands, now=now, catalogue=self._catalogue, ids=self._ids)
+        state, now = await load(connection, reach_of(commands, catalogue, decided))
+        return execute(state, commands, now=now, catalogue=catalogue, ids=self._ids)
 
     # -- what is told -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from workers.batch import Reply
+    from workers.ledger.catalogue import Catalogue
     from workers.operations.audit import Audit, Finding, Progress
     from workers.operations.dead_letters import DeadLetter, Message, Moved, Pool
     from workers.settings import Settings
@@ -409,33 +410,42 @@ def merge(
 def catalogue_check(
     file: Annotated[Path, typer.Argument(help="A catalogue in TOML.")], as_json: Json = False
 ) -> int:
-    """Tell whether a catalogue can be used, and what it sells."""
-    from workers.ledger.catalogue import CatalogueError, parse_catalogue
+    """Show what a catalogue sells, or every line of it that must be mended before a worker can use it."""
+    from workers.catalogue_file import UnreadableError, read_catalogue
+    from workers.ledger.catalogue import CatalogueError
 
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnusableError(
-            f"{file} cannot be read ({error}): name a catalogue file in UTF-8"
-        ) from error
-    try:
-        found = parse_catalogue(text)
+        found = read_catalogue(file)
+    except UnreadableError as error:
+        raise UnusableError(_visible(error.told(str(file)))) from error
     except CatalogueError as error:
-        _answer({"valid": False, "error": str(error)}, as_json, f"{file}: {error}")
+        problems = [problem._asdict() for problem in error.problems]
+        told = _visible_lines(error.told(str(file)))
+        _answer({"valid": False, "error": told, "problems": problems}, as_json, told)
         return PROBLEMS
-    sold: dict[str, Mapping[str, object]] = {
-        "tiers": found.tiers,
-        "plans": found.plans,
-        "packs": found.packs,
-        "generations": found.generations,
-    }
-    counts = ", ".join(f"{len(things)} {name}" for name, things in sold.items())
-    told = {
-        "valid": True,
-        "version": found.version,
-        **{name: sorted(things) for name, things in sold.items()},
-    }
-    _answer(told, as_json, f"{file} can be used: version {found.version}, {counts}.")
+    notes = found.notes()
+    if as_json:
+        _print_json({"valid": True, **found.model_dump(mode="json"), "notes": notes})
+    else:
+        _print_catalogue(found)
+        for note in notes:
+            sys.stdout.write(_visible(f"note: {note}") + "\n")
+        sys.stdout.write(_visible(f"{file} can be used: version {found.version}.") + "\n")
+    return WELL
+
+
+@catalogue.command("example")
+def catalogue_example(as_json: Json = False) -> int:
+    """Print a catalogue with comments to begin with: credits catalogue example > catalogue.toml."""
+    from workers.store.migrations import schemas_folder
+
+    path = schemas_folder() / "catalogue.example.toml"
+    text = path.read_text(encoding="utf-8")
+    _answer(
+        {"example": text, "schema": str(path.with_name("catalogue.schema.json"))},
+        as_json,
+        text.rstrip(),
+    )
     return WELL
 
 
@@ -835,6 +845,59 @@ def _print_account(found: "AccountView") -> None:
     console.print(table)
 
 
+def _print_catalogue(found: "Catalogue") -> None:
+    """What is sold, a table for each kind of thing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    def days(number: int | None) -> str:
+        return "never" if number is None else f"{number:,} days"
+
+    tiers = [
+        (
+            name,
+            f"{one.signup_credits:,}",
+            "none" if one.daily_generations is None else f"{one.daily_generations:,}",
+        )
+        for name, one in found.tiers.items()
+    ]
+    plans = [
+        (
+            name,
+            one.tier,
+            f"{one.credits:,}",
+            "month" if one.allocation == "monthly" else "period",
+            one.rollover if isinstance(one.rollover, str) else f"at most {one.rollover:,}",
+            f"{one.trial_credits:,}",
+            "\n".join(one.stripe_prices) or "none",
+        )
+        for name, one in found.plans.items()
+    ]
+    packs = [
+        (name, f"{one.credits:,}", days(one.expires_days), "\n".join(one.stripe_prices) or "none")
+        for name, one in found.packs.items()
+    ]
+    generations = [
+        (kind, model, f"{credits:,}", f"{one.hold_seconds:,} s")
+        for kind, one in found.generations.items()
+        for model, credits in (("any", one.credits), *one.models.items())
+    ]
+    tables: dict[tuple[str, ...], Sequence[tuple[str, ...]]] = {
+        ("tier", "sign-up credits", "generations a day"): tiers,
+        ("plan", "tier", "credits", "for each", "rollover", "trial", "Stripe prices"): plans,
+        ("pack", "credits", "expires", "Stripe prices"): packs,
+        ("generation", "model", "credits a unit", "hold"): generations,
+    }
+    console = _console()
+    for titles, rows in tables.items():
+        if rows:
+            table = Table(*titles, box=None, header_style="dim", pad_edge=False)
+            for row in rows:
+                table.add_row(*(Text(_visible_lines(cell)) for cell in row))
+            console.print(table)
+            console.print()
+
+
 def _print_entries(page: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -959,6 +1022,10 @@ def _cut(value: str) -> str:
 def _visible(text: str) -> str:
     """Foreign text fit for a terminal: control characters in it must not reach it."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _visible_lines(text: str) -> str:
+    return "\n".join(_visible(line) for line in text.split("\n"))
 
 
 def _letter(letter: "DeadLetter") -> dict[str, Any]:

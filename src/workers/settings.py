@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, CatalogueError, parse_catalogue
+from workers.catalogue_file import CatalogueFile
+from workers.ledger.catalogue import Catalogue, CatalogueError
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
 OUTBOUND_TOPICS = ("credit.changed", "credit.rejected", "credit.alert")
@@ -104,14 +105,26 @@ class Settings(BaseSettings):
         """The topic's name on this cluster."""
         return self.topic_prefix + name
 
-    def load_catalogue(self) -> Catalogue:
-        """Read the catalogue file, or take the built-in one. Raises SettingsError with line and mend."""
-        if self.catalogue is None:
-            return parse_catalogue(DEFAULT_CATALOGUE)
+    def open_catalogue(self) -> CatalogueFile:
+        """The catalogue's file, or the built-in one. Raises SettingsError with every line to mend."""
+        if self.catalogue is not None and "\n" in str(self.catalogue):
+            # What CREDITS_CATALOGUE_FILE holds becomes the value, which is a path.
+            raise SettingsError(
+                "CREDITS_CATALOGUE is no path but several lines: write CREDITS_CATALOGUE=/path/to/catalogue.toml"
+            )
         try:
-            return parse_catalogue(self.catalogue.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, CatalogueError) as error:
-            raise SettingsError(f"CREDITS_CATALOGUE ({self.catalogue}): {error}") from error
+            return CatalogueFile(self.catalogue)
+        except CatalogueError as error:
+            told = error.told(str(self.catalogue))
+            raise SettingsError(
+                f"the catalogue (CREDITS_CATALOGUE) cannot be used.\n{told}"
+                if "\n" in told
+                else f"CREDITS_CATALOGUE: {told}"
+            ) from error
+
+    def load_catalogue(self) -> Catalogue:
+        """What is sold at this moment. Raises SettingsError as `open_catalogue` does."""
+        return self.open_catalogue().catalogue
 
 
 def _listed(secret: SecretStr | None) -> tuple[str, ...]:

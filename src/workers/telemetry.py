@@ -134,6 +134,11 @@ POOL_IN_USE = Gauge(
 STALLED = Gauge(
     "credits_stalled", "1 while consumption is paused for the database, else 0.", registry=REGISTRY
 )
+CATALOGUE_REFUSED = Gauge(
+    "credits_catalogue_refused",
+    "1 while the catalogue's file cannot be used and what was in force before still is, else 0.",
+    registry=REGISTRY,
+)
 
 # A type comes from outside: one label value for each would let a publisher fill our memory. These are the ones
 # that a Stripe account commonly sends although we have no use for them; every other is "other".

@@ -20,8 +20,11 @@ from aiokafka.errors import KafkaError
 
 from workers import telemetry
 from workers.batch import Ledger, Report
+from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe
+from workers.ledger.catalogue import Catalogue
+from workers.ledger.model import Alert
 from workers.probes import serve_probes
 from workers.relay import Relay
 from workers.settings import Settings, require
@@ -42,6 +45,7 @@ PARKED_MAX = 100
 # A message that is ready and still waits would be claimed again at once: so many rounds, then the next tick.
 PARKED_ROUNDS_MAX = 20
 START_BACKOFF_SECONDS = 1.0
+PROBLEMS_TOLD_MAX = 10
 
 
 class NotReady(Exception):  # noqa: N818 - a state that waiting ends
@@ -51,8 +55,14 @@ class NotReady(Exception):  # noqa: N818 - a state that waiting ends
 class Worker:
     """Everything that runs in a worker process."""
 
-    def __init__(self, settings: Settings, pool: asyncpg.Pool[asyncpg.Record]) -> None:
-        catalogue = settings.load_catalogue()
+    def __init__(
+        self,
+        settings: Settings,
+        pool: asyncpg.Pool[asyncpg.Record],
+        catalogue_file: CatalogueFile,
+    ) -> None:
+        self._catalogue_file = catalogue_file
+        catalogue = catalogue_file.catalogue
         sources = Sources(
             catalogue,
             settings.webhook_secrets,
@@ -89,13 +99,20 @@ class Worker:
             "parked": self._apply_parked(),
             "heartbeat": self._beat(),
         }
+        if self._catalogue_file.path is not None:
+            runs["catalogue"] = self._watch_catalogue()
         if self._stripe is not None:
             runs["fetching"] = run_fetching(self._pool, self._stripe)
         for name, run in runs.items():
             task = asyncio.create_task(run, name=name)
             task.add_done_callback(self._ended)
             self._tasks.append(task)
-        log.info("worker_started", worker_id=str(self._id), pid=os.getpid())
+        log.info(
+            "worker_started",
+            worker_id=str(self._id),
+            pid=os.getpid(),
+            catalogue=self._catalogue_file.catalogue.version,
+        )
 
     async def stop(self) -> None:
         """End everything; what was in flight and is not committed, Kafka brings again. Idempotent."""
@@ -160,6 +177,30 @@ class Worker:
                 async with asyncio.timeout(PARKED_SECONDS):
                     await self._linked.wait()
 
+    async def _watch_catalogue(self) -> None:
+        """Put a changed catalogue in force for the batches to come; keep the old one where the new one is broken."""
+        untold: Alert | None = None
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            before = self._catalogue_file.catalogue
+            news = await asyncio.to_thread(self._catalogue_file.look)
+            if isinstance(news, Catalogue):
+                self._ledger.adopt(news)
+                untold = None
+                telemetry.CATALOGUE_REFUSED.set(0)
+                log.info("catalogue_adopted", version=news.version, before=before.version)
+            elif isinstance(news, Refused):
+                untold = _refusal_of(news, self._catalogue_file)
+                telemetry.CATALOGUE_REFUSED.set(1)
+                log.error("catalogue_refused", **untold.details)
+            if untold is not None:
+                try:
+                    self._applied(await self._ledger.tell(untold))
+                    untold = None
+                except Exception as error:
+                    if classify(error)[0] != "transient":
+                        raise
+
     async def _beat(self) -> None:
         """Tell in the database that this worker lives and what it consumes."""
         while True:
@@ -174,12 +215,30 @@ class Worker:
             await asyncio.sleep(BEAT_SECONDS)
 
 
+def _refusal_of(refused: Refused, file: CatalogueFile) -> Alert:
+    problems = refused.problems
+    kept = file.catalogue.version
+    first = problems[0].told(str(file.path))
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    details = {
+        "file": str(file.path),
+        "kept_version": kept,
+        "problems": [problem.told() for problem in problems[:PROBLEMS_TOLD_MAX]],
+    }
+    message = (
+        f"the catalogue was changed and cannot be used; {kept} stays in force: {first}{others}"
+    )
+    return Alert("catalogue_refused", None, message, details, {})
+
+
 async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None) -> None:
     """Run a worker until SIGTERM, SIGINT or `stop`. Waits for servers that are not there yet.
 
     Raises:
+        SettingsError: the catalogue cannot be used, or an address is missing; nothing was started.
         Exception: a fault of our own; the process must end with it.
     """
+    catalogue_file = settings.open_catalogue()
     stop = stop or _stop_on_signals()
     require(settings.kafka_bootstrap, "kafka_bootstrap")
     pool = await _patiently(stop, "database", lambda: _open(settings))
@@ -188,7 +247,7 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     try:
         if await _patiently(stop, "schema", lambda: _schema_is_there(pool)) is None:
             return
-        worker = Worker(settings, pool)
+        worker = Worker(settings, pool, catalogue_file)
         if await _patiently(stop, "kafka", lambda: _started(worker)) is None:
             return
         stopping = asyncio.create_task(stop.wait())

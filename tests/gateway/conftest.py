@@ -58,7 +58,11 @@ async def running(
         late_database(settings) as database,
         Broker(settings, delivery_seconds=delivery_seconds) as broker,
     ):
-        server = Server(create_app(settings, database=database, broker=broker))
+        server = Server(
+            create_app(
+                settings, database=database, broker=broker, catalogue=settings.open_catalogue()
+            )
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:

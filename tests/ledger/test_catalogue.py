@@ -1,8 +1,14 @@
 """R14: the catalogue is validated when it is read, and says where and how to mend it."""
 
 import pytest
+from tests.ledger.broken_catalogues import BROKEN, Broken
 
-from workers.ledger.catalogue import DEFAULT_CATALOGUE, CatalogueError, parse_catalogue
+from workers.ledger.catalogue import (
+    DEFAULT_CATALOGUE,
+    CatalogueError,
+    Problem,
+    parse_catalogue,
+)
 
 HEAD = 'version = "1"\n[tiers.pro]\n'
 
@@ -88,52 +94,100 @@ def test_how_much_rolls_over(rolled: int, rollover: str, left: int) -> None:
     assert parse_catalogue(text).plans["x"].rolled_over(left) == rolled
 
 
-PLAN = '[plans.x]\ntier = "pro"\nstripe_prices = ["price_x"]\n'
-PACK = '[packs.y]\nstripe_prices = ["price_x"]\ncredits = 1\n'
-
-
-@pytest.mark.parametrize(
-    ("said", "what", "text"),
-    [
-        ("not valid TOML", "no TOML", "version = "),
-        ("version: Field required", "no version", "[tiers.pro]"),
-        ("colour (line 1)", "an unknown key", 'colour = "red"\nversion = "1"'),
-        ("tiers.free.signup_credit (line 3)", "a misspelt key", 'version = "1"\n[tiers.free]\nsignup_credit = 1'),
-        ("plans.x.credits (line 3)", "a key that is missing", f"{HEAD}{PLAN}"),
-        ("plans.x.credits (line 6)", "no credits", f"{HEAD}{PLAN}credits = 0"),
-        ("plans.x.credits (line 6)", "credits below nothing", f"{HEAD}{PLAN}credits = -5"),
-        ("plans.x.credits (line 6)", "a fraction", f"{HEAD}{PLAN}credits = 1.5"),
-        ("plans.x.credits (line 6)", "a whole float", f"{HEAD}{PLAN}credits = 8.0"),
-        ("plans.x.credits (line 6)", "a text", f'{HEAD}{PLAN}credits = "8"'),
-        ("plans.x.credits (line 6)", "a truth", f"{HEAD}{PLAN}credits = true"),
-        ("plans.x.credits (line 6)", "too many", f"{HEAD}{PLAN}credits = 1_000_000_000_001"),
-        ("plans.x.rollover", "an unknown rollover", f'{HEAD}{PLAN}credits = 1\nrollover = "some"'),
-        ("plans.x.allocation (line 7)", "an unknown allocation", f'{HEAD}{PLAN}credits = 1\nallocation = "daily"'),
-        ("packs.y.expires_days (line 6)", "no days", f"{HEAD}{PACK}expires_days = 0"),
-        ("generations.image.models.flux (line 5)", "a free model", f"{HEAD}[generations.image]\ncredits = 4\nmodels = {{ flux = 0 }}"),
-        ("generations.image.hold_seconds (line 5)", "a hold of no time", f"{HEAD}[generations.image]\ncredits = 4\nhold_seconds = 0"),
-        ("tiers.free.daily_generations", "a limit below nothing", f"{HEAD}[tiers.free]\ndaily_generations = -1"),
-        ("alerts.low_balance", "a threshold below nothing", f"{HEAD}[alerts]\nlow_balance = -1"),
-        ("plans.x.tier is 'gold'", "a tier that nobody named", f'{HEAD}{PLAN.replace("pro", "gold")}credits = 1'),
-        ("'price_x' is listed twice", "one price for two things", f"{HEAD}{PLAN}credits = 1\n{PACK}"),
-        ("'price_x' is listed twice", "one price for two packs", f"{HEAD}{PACK}{PACK.replace('packs.y', 'packs.z')}"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_with_a_catalogue_is_said(said: str, what: str, text: str) -> None:
-    """The message names the key, its line, and what is wrong with it."""
+def problems_of(text: str) -> list[Problem]:
+    """All that is wrong with a text that is no catalogue."""
     with pytest.raises(CatalogueError) as error:
         parse_catalogue(text)
+    return list(error.value.problems)
 
-    assert said in str(error.value)
+
+def test_all_that_is_wrong_is_said_at_once_in_the_order_of_the_file() -> None:
+    """Whoever mends a catalogue need not run it once for each mistake, whatever kinds of mistakes they are."""
+    text = """\
+version = "1"
+[packs.y]
+stripe_prices = ["price_1", "price_1"]
+credit = 5
+[plans.x]
+tier = "gold"
+stripe_prices = ["price_1"]
+credits = 0
+rollover = 0
+"""
+
+    found = [(problem.line, problem.key) for problem in problems_of(text)]
+
+    assert found == [
+        (2, "packs.y.credits"),
+        (3, "packs.y.stripe_prices[2]"),
+        (4, "packs.y.credit"),
+        (6, "plans.x.tier"),
+        (7, "plans.x.stripe_prices[1]"),
+        (8, "plans.x.credits"),
+        (9, "plans.x.rollover"),
+    ]
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
-    """Whoever mends a catalogue need not run it once for each mistake."""
-    with pytest.raises(CatalogueError) as error:
-        parse_catalogue(f"{HEAD}{PLAN}credits = 0\nrollover = 0\n")
+def test_a_problem_is_told_on_one_line_that_an_editor_can_jump_to() -> None:
+    """File, line and column, what is wrong, and the mend."""
+    (problem,) = problems_of('version = "1"\n[tiers.free]\n  signup_credits = -1\n')
 
-    assert "plans.x.credits" in str(error.value)
-    assert "plans.x.rollover" in str(error.value)
+    assert problem.told("shop.toml") == (
+        "shop.toml:3:3: tiers.free.signup_credits is -1: "
+        "write a whole number from 0 to 1,000,000,000,000, without quotes"
+    )
+    assert problem.told() == problem.told("shop.toml").removeprefix("shop.toml:")
+
+
+def test_what_a_file_says_reaches_no_terminal_as_it_is() -> None:
+    """Control characters of a file are shown as escapes, long texts cut, and each problem stays on one line."""
+    text = 'version = "1"\n[plans."a\\u001b[31m"]\n[packs.y]\ncredits = "' + "9\u202e" * 200 + '"\n'
+
+    told = [problem.told() for problem in problems_of(text)]
+
+    assert all(line.isprintable() for line in told)
+    assert max(len(line) for line in told) < 250
+
+
+def test_a_file_of_mistakes_is_told_as_far_as_anybody_reads() -> None:
+    """The first hundred are told, the others counted."""
+    text = 'version = "1"\n' + "".join(f"[packs.p{number}]\n" for number in range(350))
+
+    *told, last = problems_of(text)
+
+    assert [problem.key for problem in told[:2]] == ["packs.p0.credits", "packs.p1.credits"]
+    assert len(told) == 100
+    assert last.what == "250 more mistakes are not shown"
+
+
+def test_a_file_as_windows_writes_it_is_read() -> None:
+    """A byte order mark and carriage returns are no mistakes, and lines are counted as an editor counts them."""
+    text = "\ufeff" + DEFAULT_CATALOGUE.replace("\n", "\r\n")
+
+    assert parse_catalogue(text) == parse_catalogue(DEFAULT_CATALOGUE)
+    (problem,) = problems_of(text.replace("credits = 40", "credits = 0"))
+    assert problem.line == DEFAULT_CATALOGUE.splitlines().index("credits = 40") + 1
+
+
+def test_more_kinds_models_and_tiers_than_the_built_in_catalogue_has_can_be_sold() -> None:
+    """Names and models are the file's; a model may be written as providers do."""
+    text = """\
+version = "1"
+[tiers."studio.v2"]
+[plans."studio.v2"]
+tier = "studio.v2"
+stripe_prices = ["price_a", "price_b"]
+credits = 1_000_000_000_000
+rollover = "all"
+[generations.upscale]
+credits = 1
+models."black-forest/flux-1.1" = 3
+"""
+
+    catalogue = parse_catalogue(text)
+
+    assert catalogue.plan_of_price("price_b") == "studio.v2"
+    assert catalogue.generation_price("upscale", "black-forest/flux-1.1", 2) == 6
 
 
 def test_a_catalogue_cannot_be_changed() -> None:
@@ -142,3 +196,27 @@ def test_a_catalogue_cannot_be_changed() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         catalogue.plans["pro_monthly"].credits = 1
+
+
+TEXTS = [
+    one for one in BROKEN if one.why not in {"latin-1", "UTF-16", "far too large"}
+]  # those are the file's
+
+
+@pytest.mark.parametrize("broken", TEXTS, ids=lambda one: one.why)
+def test_what_is_wrong_with_a_catalogue_is_said(broken: Broken) -> None:
+    """The line, what is wrong there, and how to mend it."""
+    problems = problems_of(broken.content.decode())
+
+    told = [problem.told() for problem in problems if problem.line == broken.line]
+    assert any(all(word in one for word in broken.words) for one in told), problems
+
+
+def test_the_broken_files_are_many_and_each_is_another() -> None:
+    """The table is what it claims to be."""
+    assert (
+        len({one.why for one in BROKEN})
+        == len({one.content for one in BROKEN})
+        == len(BROKEN)
+        >= 60
+    )

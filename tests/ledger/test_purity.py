@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "collections",
     "dataclasses",
     "datetime",
+    "difflib",
     "enum",
     "functools",
     "hashlib",
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "operator",
     "orjson",
     "pydantic",
+    "re",
     "tomllib",
     "typing",
     "uuid",
@@ -78,6 +80,8 @@ def imported(tree: ast.AST) -> set[str]:
 def called(tree: ast.AST) -> set[str]:
     """The last names of all that a tree calls."""
     functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # A pattern is no code, whatever making one is called.
+    functions = [one for one in functions if ast.unparse(one) != "re.compile"]
     return {
         function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         for function in functions

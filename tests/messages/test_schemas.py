@@ -1,13 +1,16 @@
 """The schemas under `schemas/`: made from the models, and found out when they are not."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.ledger.broken_catalogues import BROKEN
 
-from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.ledger.catalogue import DEFAULT_CATALOGUE
 from workers.messages.inbound import (
     ACCOUNT_TYPES,
     BOOKING_TYPES,
@@ -100,11 +103,81 @@ def test_writing_schemas_changes_only_what_differs(tmp_path: Path) -> None:
     assert [tmp_path / "events" / "user.linked.json"] == write_schemas(tmp_path)
 
 
-def test_the_built_in_catalogue_is_of_its_schema() -> None:
-    """The catalogue's schema knows every key that the built-in catalogue uses, and refuses unknown ones."""
-    schema = json.loads(schema_files()["catalogue.schema.json"])
+def allows(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
+    """Whether a schema allows a value: as much of JSON Schema as ours says, and nothing else may be said."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
+    checks = {
+        "$ref": lambda name: allows(whole["$defs"][name.rpartition("/")[2]], value, whole),
+        "anyOf": lambda options: any(allows(one, value, whole) for one in options),
+        "type": lambda kind: type(value) is kinds[kind],
+        "enum": lambda values: value in values,
+        "pattern": lambda pattern: isinstance(value, str) and bool(re.search(pattern, value)),
+        "minimum": lambda least: isinstance(value, int) and value >= least,
+        "maximum": lambda most: isinstance(value, int) and value <= most,
+        "required": lambda names: isinstance(value, dict) and value.keys() >= set(names),
+        "items": lambda item: (
+            isinstance(value, list) and all(allows(item, one, whole) for one in value)
+        ),
+        "additionalProperties": lambda other: (
+            isinstance(value, dict)
+            and all(allowed_key(schema, name, one, other, whole) for name, one in value.items())
+        ),
+    }
+    silent = {"$defs", "$id", "$schema", "default", "description", "title"}
+    silent |= {"properties", "patternProperties"}  # they are looked into with additionalProperties
+    assert schema.keys() <= checks.keys() | silent
+    return all(checks[name](schema[name]) for name in checks if name in schema)
 
-    catalogue = parse_catalogue(DEFAULT_CATALOGUE)
 
-    assert catalogue.model_fields_set <= schema["properties"].keys()
-    assert schema["additionalProperties"] is False
+def allowed_key(
+    schema: dict[str, Any], name: str, value: Any, other: Any, whole: dict[str, Any]
+) -> bool:
+    """Whether an object may have this key with this value; `other` is what keys may be that are not named."""
+    if name in schema.get("properties", {}):
+        return allows(schema["properties"][name], value, whole)
+    for pattern, one in schema.get("patternProperties", {}).items():
+        if re.search(pattern, name):
+            return allows(one, value, whole)
+    return bool(other) and (other is True or allows(other, value, whole))
+
+
+CATALOGUE = json.loads(schema_files()["catalogue.schema.json"])
+# What no schema can say, because it is about two places of a file; and what is no document at all.
+BEYOND = ("tier that nobody", "misspelt tier", "one price", "roll over")
+DOCUMENTS = {
+    one.why: one.content.decode()
+    for one in BROKEN
+    if not any(part in one.why for part in BEYOND)
+    and not any("TOML" in word or "UTF-8" in word or "bytes" in word for word in one.words)
+    and not any(
+        part in one.why for part in ("beyond reason", "without end", "key twice", "table twice")
+    )
+}
+
+
+@pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_an_editor_underlines_what_a_worker_refuses(text: str) -> None:
+    """A broken catalogue is broken by its schema, too."""
+    assert not allows(CATALOGUE, tomllib.loads(text), CATALOGUE)
+
+
+def test_an_editor_likes_the_catalogues_that_we_give() -> None:
+    """The built-in catalogue and the example are of the schema, which stands beside the example."""
+    example = schemas_folder() / "catalogue.example.toml"
+
+    first, _, rest = example.read_text().partition("\n")
+
+    assert (example.parent / first.removeprefix("#:schema ")).name == "catalogue.schema.json"
+    assert (example.parent / first.removeprefix("#:schema ")).is_file()
+    for text in (rest, DEFAULT_CATALOGUE):
+        assert allows(CATALOGUE, tomllib.loads(text), CATALOGUE)
+
+
+def test_an_editor_can_explain_every_key_of_a_catalogue() -> None:
+    """Each key has a description, by itself or by what it refers to."""
+    parts = [CATALOGUE, *CATALOGUE["$defs"].values()]
+
+    for part in parts:
+        for name, schema in part["properties"].items():
+            referred = CATALOGUE["$defs"].get(schema.get("$ref", "").rpartition("/")[2], {})
+            assert {**referred, **schema}.get("description"), name

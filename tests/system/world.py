@@ -1051,7 +1051,11 @@ async def _gateway(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
     with listen(settings) as listener:
         port = listener.getsockname()[1]
         async with late_database(settings) as database, Broker(settings) as broker:
-            server = Server(create_app(settings, database=database, broker=broker))
+            server = Server(
+                create_app(
+                    settings, database=database, broker=broker, catalogue=settings.open_catalogue()
+                )
+            )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             try:
                 async with httpx.AsyncClient(

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from workers.catalogue_file import CatalogueFile
 from workers.gateway import problems
 from workers.gateway.accounts import SLASH_INSIDE, accounts_router
 from workers.gateway.commands import COMPONENTS, commands_router
@@ -27,8 +28,10 @@ NO_CHARACTER = "\ufffd"  # what decoding makes of bytes that are no text
 _ENCODED_SLASH = re.compile("%2[fF]")
 
 
-def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> FastAPI:
-    """Build the application over two connections that the caller opens and closes."""
+def create_app(
+    settings: Settings, *, database: Late[Pool], broker: Broker, catalogue: CatalogueFile
+) -> FastAPI:
+    """Build the application over two connections that the caller opens and closes, and a catalogue that may change."""
     app = FastAPI(
         title=TITLE,
         docs_url=None,  # its page loads scripts from elsewhere
@@ -41,7 +44,7 @@ def create_app(settings: Settings, *, database: Late[Pool], broker: Broker) -> F
     app.include_router(health_router(settings, database, broker))
     tokens = Tokens(settings)
     app.include_router(accounts_router(database, tokens))
-    app.include_router(commands_router(settings, database, tokens))
+    app.include_router(commands_router(settings, database, tokens, catalogue))
     app.add_middleware(keep_encoded_slashes)
 
     def openapi() -> dict[str, Any]:

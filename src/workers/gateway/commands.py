@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, TypeAdapter, create_model
 
 from workers.batch import Ledger
+from workers.catalogue_file import CatalogueFile
 from workers.gateway import problems
 from workers.gateway.bodies import read_body
 from workers.gateway.connections import Late, within
@@ -39,11 +40,11 @@ class AnswerView(BaseModel):
     account: AccountView | None
 
 
-def commands_router(settings: Settings, database: Late[Pool], tokens: Tokens) -> APIRouter:
+def commands_router(
+    settings: Settings, database: Late[Pool], tokens: Tokens, file: CatalogueFile
+) -> APIRouter:
     """The routes of commands: ask for one, and see what became of one."""
     router = APIRouter(prefix="/v1", tags=["commands"])
-    catalogue = settings.load_catalogue()
-    sources = Sources(catalogue, (), COMMAND_BYTES_MAX)
 
     @router.get(
         "/commands",
@@ -75,11 +76,10 @@ def commands_router(settings: Settings, database: Late[Pool], tokens: Tokens) ->
     async def ask(request: Request, response: Response) -> AnswerView:
         body = await read_body(request, COMMAND_BYTES_MAX)
         understood = _understand(request, body)
+        catalogue, pool = file.catalogue, database.current
+        sources = Sources(catalogue, (), COMMAND_BYTES_MAX)
         ledger = Ledger(
-            database.current,
-            sources,
-            catalogue,
-            parked_deadline_seconds=settings.parked_deadline_seconds,
+            pool, sources, catalogue, parked_deadline_seconds=settings.parked_deadline_seconds
         )
         try:
             answer = await within(DECIDE_SECONDS_MAX, ledger.answer(understood))

@@ -7,6 +7,7 @@ import socket
 
 import structlog
 
+from workers.catalogue_file import CatalogueFile, Refused
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
 from workers.serving import BACKLOG, Server
@@ -23,23 +24,35 @@ async def serve_gateway(settings: Settings) -> None:
     Starts and stays up without Kafka and PostgreSQL.
 
     Raises:
-        SettingsError: an address is missing, or the port that was asked for is taken.
+        SettingsError: the catalogue cannot be used, an address is missing, or the port that was asked for is taken.
     """
+    catalogue = settings.open_catalogue()
     with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:
-            app = create_app(settings, database=database, broker=broker)
+            app = create_app(settings, database=database, broker=broker, catalogue=catalogue)
             server = Server(app)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
             log.info("gateway_listening", url=f"http://{host}:{port}")
+            watching = asyncio.create_task(_watch(catalogue), name="catalogue")
             try:
                 await server.serve(sockets=[listener])
             finally:
+                watching.cancel()
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(number)
     log.info("gateway_stopped")
+
+
+async def _watch(catalogue: CatalogueFile) -> None:
+    """Say what the worker, which also alerts, will say of the same change."""
+    async for news in catalogue.watch():
+        if isinstance(news, Refused):
+            log.error("catalogue_refused", problems=[problem.told() for problem in news.problems])
+        else:
+            log.info("catalogue_adopted", version=news.version)
 
 
 def listen(settings: Settings) -> socket.socket:

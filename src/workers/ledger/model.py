@@ -471,6 +471,7 @@ class Alert:
         "manual_fix_required",
         "identity_disagreement",
         "dispute_opened",
+        "catalogue_refused",
     ]
     account_id: str | None
     message: str

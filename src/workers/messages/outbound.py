@@ -18,6 +18,8 @@ from workers.ledger.model import Alert, Entry, Kind
 from workers.ledger.outcomes import Reason, Rejected
 
 SHARDS = 16
+# Somebody must do something: the next worker would not start with a catalogue that a running one refuses.
+CRITICAL = frozenset({"manual_fix_required", "identity_disagreement", "catalogue_refused"})
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
 Amount = Annotated[int, Field(ge=0, description="whole credits")]
 
@@ -192,7 +194,7 @@ def rejected(
 def alert(raised: Alert, *, id_: UUID, now: datetime) -> Publication:
     """`credit.alert`."""
     recorded_at = rfc3339(now)
-    critical = raised.code in {"manual_fix_required", "identity_disagreement"}
+    critical = raised.code in CRITICAL
     payload = {
         "code": raised.code,
         "severity": "critical" if critical else "warning",
