@@ -247,7 +247,7 @@ class Books(Ledger):
             connection.transaction(),
         ):
             known = await find_identities(connection, mentioned)
-            execution = await self._execute(connection, commands)
+            execution = await self._execute(connection, commands, self._sources.catalogue)
             if mentioned and await find_identities(connection, mentioned) != known:
                 raise OwnersChanged
             links, disagreements = _fresh_links(execution, known, ())
