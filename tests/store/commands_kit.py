@@ -33,6 +33,7 @@ from workers.ledger.commands import (
     BuyPack,
     CancelBooking,
     Cause,
+    CloseAccount,
     Command,
     CommandKey,
     CompleteGeneration,
@@ -43,6 +44,7 @@ from workers.ledger.commands import (
     ImportedEntry,
     Link,
     LinkIdentities,
+    MemberTerms,
     MergeAccounts,
     PayInvoice,
     PaymentIds,
@@ -57,6 +59,7 @@ from workers.ledger.commands import (
     Settle,
     StartPeriods,
     TransferCredits,
+    UpdateOrganisation,
 )
 from workers.ledger.execute import Execution
 from workers.ledger.model import (
@@ -416,6 +419,13 @@ async def rows(owner: asyncpg.Connection) -> dict[str, dict[Any, Any]]:
     for row in await table("disputes"):
         row["steps"] = frozenset(row["steps"])
         payments[row["payment_id"]]["disputes"][row["dispute_id"]] = row
+    organisations = {}
+    for row in await table("organisations"):
+        row["as_of"], row["members"] = row.pop("event_at"), {}
+        organisations[row["organization_id"]] = row
+    for row in await table("members"):
+        terms = {"limit_credits": row["limit_credits"], "period": row["period"]}
+        organisations[row["organization_id"]]["members"][f"user:{row['user_id']}"] = terms
     subscriptions = {}
     for row in await table("subscriptions"):
         row["as_of"] = AsOf(*(row.pop(f"event_{part}") for part in ("at", "rank", "id")))
@@ -431,8 +441,14 @@ async def rows(owner: asyncpg.Connection) -> dict[str, dict[Any, Any]]:
         "bookings": bookings,
         "usage": {
             (row["account_id"], row["day"]): row["generations"]
-            for row in await table("usage_days")
+            for row in await table("usage_days", "member_id = ''")
             if row["generations"]
+        },
+        "organisations": organisations,
+        "member_usage": {
+            (row["account_id"], row["member_id"], row["day"]): (row["held"], row["captured"])
+            for row in await table("usage_days", "member_id <> ''")
+            if row["held"] or row["captured"]
         },
         "purchases": purchases,
         "allocations": {row["allocation_key"]: row for row in await table("allocations")},
@@ -569,6 +585,14 @@ INSERT INTO subscriptions (subscription_id, account_id, status, event_at, record
     SELECT 'sub_' || i, 'user:u' || i, 'active', now(), now() FROM generate_series(1, {size}) i;
 INSERT INTO usage_days (account_id, day, generations)
     SELECT 'user:u' || i, current_date, 1 FROM generate_series(1, {size}) i;
+INSERT INTO accounts (account_id) SELECT 'org:o' || i FROM generate_series(1, {size}) i;
+INSERT INTO organisations
+    SELECT 'o' || i, CASE WHEN i % 4 = 0 THEN 'mirror' ELSE 'shared' END, now(), now() FROM generate_series(1, {size}) i;
+INSERT INTO members SELECT 'o' || i, 'u' || i FROM generate_series(1, {size}) i;
+INSERT INTO usage_days (account_id, member_id, day, held)
+    SELECT 'org:o' || i, 'u' || i, current_date, 1 FROM generate_series(1, {size}) i;
+UPDATE generations SET released_to = 'org:o' || substr(generation_id, 2), member_id = substr(account_id, 6)
+    WHERE substr(generation_id, 2)::bigint % 10 = 0;
 INSERT INTO bookings (booking_id, client_account, practitioner_account, state, credits, recorded_at)
     SELECT 'b' || i, 'user:u' || i, 'user:p' || i, 'booked', 5, now() FROM generate_series(1, {size}) i;
 INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
@@ -576,7 +600,7 @@ INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, re
 """
 # All tables of a crowd that may be emptied at once: to delete so many accounts one by one takes minutes.
 CROWDED = """accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities, subscriptions,
-             usage_days, bookings, commands"""
+             usage_days, bookings, commands, organisations, members"""
 Analysed = Literal["never", "when empty", "when full"]
 
 
@@ -652,6 +676,7 @@ def looked_at(explained: str) -> dict[str, int]:
 # -- whatever may happen ----------------------------------------------------------------------------------------
 
 PEOPLE = [f"user:p{number}" for number in range(7)]
+ORGANISATIONS = ["acme", "bolt"]
 SECOND, HOUR, DAY = timedelta(seconds=1), timedelta(hours=1), timedelta(days=1)
 WAITS = [timedelta(0), SECOND, SECOND, HOUR / 6, 2 * HOUR, DAY, 9 * DAY, 31 * DAY]
 
@@ -702,6 +727,7 @@ class Story:
             self._merge: 2,
             self._person: 4,
             self._subscription: 4,
+            self._organisation: 6,
         }
         (kind,) = self.dice.choices(list(kinds), list(kinds.values()))
         return kind()
@@ -740,6 +766,21 @@ class Story:
             self._one(), tier=self.dice.choice([None, "free", "pro"]), time_zone=zone
         )
 
+    def _organisation(self) -> Action:
+        """Told in order or late; a closed person is one of them now and then."""
+        dice = self.dice
+        if dice.random() < 0.03:
+            return CloseAccount(self._one())
+        at = self.start + dice.randint(0, 3 + (self.now - self.start).days) * DAY
+        name, mode = dice.choice(ORGANISATIONS), dice.choice(["mirror", "shared", "shared"])
+        if mode == "mirror":
+            return UpdateOrganisation(name, mode, (MemberTerms(self._one()),), at)
+        terms = [
+            MemberTerms(who, *dice.choice([(None, None), (9, "day"), (20, "week"), (30, "month")]))
+            for who in dice.sample(PEOPLE, dice.randint(1, len(PEOPLE)))
+        ]
+        return UpdateOrganisation(name, mode, tuple(terms), at)
+
     def _merge(self) -> Action:
         return MergeAccounts(*self._two(), "one person")
 
@@ -756,6 +797,13 @@ class Story:
                     "a present",
                 ),
                 GrantCredits(sender, dice.randint(1, 9), "purchased", None, "a present"),
+                GrantCredits(
+                    f"org:{dice.choice(ORGANISATIONS)}",
+                    dice.randint(1, 30),
+                    dice.choice(["subscription", "purchased"]),
+                    self._soon(),
+                    "a budget",
+                ),
                 AdjustCredits(sender, dice.choice([-9, -3, 4]), "a correction"),
                 # So that most have little left when money goes back.
                 TransferCredits(sender, receiver, dice.choice([3, 9, 10, 20]), "a favour"),
@@ -775,11 +823,12 @@ class Story:
         dice, who, name = self.dice, self._one(), self._named("generation")
         kind = dice.choice(["song", "image"])
         seconds = dice.choice([None, 1, 3600, 40 * 86_400, 40 * 86_400])
+        payer = dice.choice([None, None, *ORGANISATIONS])
         return dice.choice(
             [
-                RequestGeneration(who, name, kind, None, 1, dice.randint(1, 9), seconds),
-                RequestGeneration(who, name, kind, None, 1, dice.randint(1, 9), seconds),
-                CompleteGeneration(who, name, kind, None, None, dice.choice([2, 5, 9, 15])),
+                RequestGeneration(who, name, kind, None, 1, dice.randint(1, 9), seconds, payer),
+                RequestGeneration(who, name, kind, None, 1, dice.randint(1, 9), seconds, payer),
+                CompleteGeneration(who, name, kind, None, None, dice.choice([2, 5, 9, 15]), payer),
                 EndGeneration(who, name, dice.choice(["failed", "cancelled"])),
                 RefundGeneration(who, name, dice.choice([None, 2])),
             ]

@@ -151,10 +151,26 @@ INVARIANTS = {
     "a day's counters are the generations that they counted": f"""
         {HEIRS} SELECT heir, day, u.generations, g.generations
         FROM (SELECT heir, day, sum(generations) AS generations FROM usage_days JOIN heirs USING (account_id)
-              GROUP BY 1, 2) u
+              WHERE member_id = '' GROUP BY 1, 2) u
         FULL JOIN (SELECT heir, counted_on AS day, count(*) AS generations FROM generations JOIN heirs USING (account_id)
-                   WHERE counted_on IS NOT NULL GROUP BY 1, 2) g
+                   WHERE counted_on IS NOT NULL AND member_id IS NULL GROUP BY 1, 2) g
         USING (heir, day) WHERE coalesce(u.generations, 0) <> coalesce(g.generations, 0)""",
+    "what a member has in use is what generations say": f"""
+        {HEIRS} SELECT u.account_id, heir, day, u.held, u.captured, g.held, g.captured
+        FROM (SELECT u.account_id, heir, day, sum(held) AS held, sum(captured) AS captured
+              FROM usage_days u JOIN heirs h ON h.account_id = 'user:' || u.member_id WHERE member_id <> ''
+              GROUP BY 1, 2, 3) u
+        FULL JOIN (SELECT g.account_id, heir, counted_on AS day, sum(held) AS held, sum(taken) AS captured
+                   FROM generations g JOIN heirs h ON h.account_id = 'user:' || g.member_id
+                   WHERE counted_on IS NOT NULL GROUP BY 1, 2, 3) g
+        USING (account_id, heir, day)
+        WHERE (coalesce(u.held, 0), coalesce(u.captured, 0)) <> (coalesce(g.held, 0), coalesce(g.captured, 0))""",
+    "a mirror keeps nothing that its member could spend": """
+        SELECT organization_id FROM organisations JOIN accounts ON account_id = 'org:' || organization_id
+        WHERE mode = 'mirror' AND subscription + purchased > held""",
+    "a mirror has one member": """
+        SELECT organization_id FROM organisations o WHERE mode = 'mirror'
+          AND (SELECT count(*) FROM members m WHERE m.organization_id = o.organization_id) <> 1""",
     "a generation took and gave back what entries say": """
         SELECT g.generation_id, e.generation_id FROM generations g
         FULL JOIN (SELECT cause ->> 'generation_id' AS generation_id, sum(held_delta) AS held,

@@ -45,7 +45,14 @@ _numbers = itertools.count(1)
 # -- records ----------------------------------------------------------------------------------------------------
 
 
-def event(type_: str, *, key: str | None = None, source: str = "tests", **data: Any) -> Work:
+def event(
+    type_: str,
+    *,
+    key: str | None = None,
+    source: str = "tests",
+    time: datetime | None = None,
+    **data: Any,
+) -> Work:
     """A CloudEvent in binary mode on the topic of its type, under a key of its own if none is given."""
     number = next(_numbers)
     topic = next(
@@ -57,6 +64,7 @@ def event(type_: str, *, key: str | None = None, source: str = "tests", **data: 
         "ce_source": source,
         "ce_type": type_,
         "content-type": "application/json",
+        **({"ce_time": time.isoformat()} if time else {}),
     }
     return record(topic, json.dumps(data).encode(), headers, offset=number)
 

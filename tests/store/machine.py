@@ -24,6 +24,7 @@ from workers.ledger.commands import (
     AdjustCredits,
     BuyPack,
     CancelBooking,
+    CloseAccount,
     CompleteGeneration,
     DisputePayment,
     DisputeStep,
@@ -41,6 +42,7 @@ from workers.ledger.commands import (
     RequestGeneration,
     StartPeriods,
     TransferCredits,
+    UpdateOrganisation,
 )
 from workers.store.set_aside import Work
 
@@ -87,6 +89,8 @@ Action: TypeAlias = (
     | RefundCharge
     | DisputePayment
     | MergeAccounts
+    | UpdateOrganisation
+    | CloseAccount
 )
 Way: TypeAlias = Literal["new", "claimed", "redelivered", "repeated", "misused"]
 
@@ -186,6 +190,7 @@ WEIGHTS = {
     drawn.links: 1,
     money_back: 4,
     merges: 1,
+    drawn.organisations: 2,
 }
 _weighted = [strategy for strategy, weight in WEIGHTS.items() for _ in range(weight)]
 actions = st.integers(0, len(_weighted) - 1).flatmap(_weighted.__getitem__)
@@ -360,15 +365,19 @@ class Scene:
                 ]
                 return kit.link(self._user(action.account), *ids[chance % 2])
             case GrantCredits():
-                user = self._user(action.account, chance)
-                more = {}
+                more = self._owner(action.account, chance)
                 if action.expires_at is not None:
                     more["expires_at"] = self._moment(action.expires_at).isoformat()
-                return kit.grant(user, action.credits, pool=action.pool, **more)
+                about = {"credits": action.credits, "pool": action.pool, "reason": "tests"}
+                return kit.event("credits.granted", **about, **more)
             case AdjustCredits():
                 # What is beyond the contract is no command.
-                credits = min(action.credits, 9)
-                return kit.adjust(self._user(action.account, chance), credits)
+                about = {"credits": min(action.credits, 9), "reason": "tests"}
+                return kit.event("credits.adjusted", **about, **self._owner(action.account, chance))
+            case UpdateOrganisation():
+                return self._organisation(action, chance)
+            case CloseAccount():
+                return kit.event("user.closed", user_id=self._user(action.account, chance))
             case TransferCredits():
                 parties = {
                     "from_user_id": self._user(action.sender, chance),
@@ -418,6 +427,7 @@ class Scene:
                     model=action.model,
                     credits=action.credits,
                     hold_seconds=self._hold_seconds(action.hold_seconds),
+                    organization_id=self._payer(action),
                 )
                 return kit.request(*about, kind=action.kind, units=action.units, **more)
             case CompleteGeneration():
@@ -426,6 +436,7 @@ class Scene:
                     model=action.model,
                     units=action.units,
                     credits=action.credits,
+                    organization_id=self._payer(action),
                 )
                 return kit.complete(*about, **more)
             case EndGeneration():
@@ -436,12 +447,38 @@ class Scene:
             case RefundGeneration():
                 return kit.refund(*about, **_given(credits=action.credits))
 
+    def _organisation(self, action: UpdateOrganisation, chance: int) -> Work:
+        """As somebody tells it who knows nobody under two names."""
+        named = {one.account: one for one in action.members}.values()
+        members = [
+            {
+                "user_id": self._user(one.account, chance if action.mode == "shared" else 0),
+                **_given(limit_credits=one.limit or None, period=one.period),
+            }
+            for one in named
+        ]
+        return kit.event(
+            "organization.updated",
+            time=self._moment(action.as_of),
+            organization_id=self._id(action.organisation),
+            mode=action.mode,
+            members=members,
+        )
+
+    def _owner(self, account: str, chance: int) -> dict[str, Any]:
+        if account.startswith("org:"):
+            return {"organization_id": self._id(account.removeprefix("org:"))}
+        return {"user_id": self._user(account, chance)}
+
     def _hold_seconds(self, seconds: int | None) -> int | None:
         if not self.orderly:
             return seconds and _hours(seconds) * HOUR
         # A minute more for each, so that no two holds end at one moment in one run and one after the other in another.
         self._holds += 1
         return _hours(seconds or HOUR) * HOUR + self._holds % 60 * MINUTE
+
+    def _payer(self, action: RequestGeneration | CompleteGeneration) -> str | None:
+        return action.organization_id and self._id(action.organization_id)
 
     def _checkout(self, action: BuyPack, chance: int) -> Work:
         customer, user = self._buyer(action.account, chance)
@@ -560,7 +597,11 @@ def _of_another(action: Action) -> Action:
     """The same thing, said of other people."""
     others = {ANN: BOB, BOB: CAT, CAT: ANN}
     named = ("account", "client", "practitioner", "sender", "receiver")
-    said = {name: getattr(action, name) for name in named if getattr(action, name, None)}
+    said = {
+        one.name: getattr(action, one.name)
+        for one in fields(action)
+        if one.name in named and getattr(action, one.name)
+    }
     changed = {name: others.get(account, ANN) for name, account in said.items()}
     return replace(action, **changed)
 
@@ -690,7 +731,7 @@ BOOKS = {
     "lots": f"""SELECT account_id, granted_version, pool, granted, remaining, held, expired, clawed, source_kind,
                        subscription_id, {_HOURS.format(moment="period_start")}, {_HOURS.format(moment="expires_at")}
                 FROM lots""",
-    "generations": f"""SELECT generation_id, account_id, state, kind, model, units, held, taken, given_back, counted_on,
+    "generations": f"""SELECT generation_id, account_id, member_id, released_to, state, kind, model, units, held, taken, given_back, counted_on,
                               {_PINS}, {_HOURS.format(moment="deadline_at")} FROM generations g""",
     "payments": """SELECT payment_id, invoice_id, charge_id, refunded,
                           (SELECT array_agg((refund_id, amount, status) ORDER BY refund_id) FROM refunds
@@ -701,7 +742,9 @@ BOOKS = {
                          {_HOURS.format(moment="anchor_at")}, {_HOURS.format(moment="next_at")} FROM allocations""",
     "bookings": "SELECT booking_id, client_account, practitioner_account, state, credits, given_back FROM bookings",
     "purchases": "SELECT purchase_key, account_id, kind, credits, payment_id, invoice_id, paid, clawed FROM purchases",
-    "usage": "SELECT account_id, day, generations FROM usage_days",
+    "usage": "SELECT account_id, member_id, day, generations, held, captured FROM usage_days",
+    "organisations": "SELECT organization_id, mode, event_at FROM organisations",
+    "members": "SELECT organization_id, user_id, limit_credits, period FROM members",
     "identities": "SELECT external_id, provider, owner, resolved_by FROM identities",
     "commands": "SELECT scope, type, key, outcome, reason, account_id, required, available FROM commands",
     "dead letters": "SELECT topic, kafka_offset, reason FROM dead_letters",

@@ -35,7 +35,7 @@ WORKER = {
     "identities": "SELECT INSERT UPDATE",
     "organisations": "SELECT INSERT UPDATE",
     "members": "SELECT INSERT UPDATE DELETE",
-    "usage_days": "SELECT INSERT UPDATE",
+    "usage_days": "SELECT INSERT UPDATE DELETE",
     "dead_letters": "SELECT INSERT UPDATE",
     "outbox": "SELECT INSERT DELETE",
     "parked": "SELECT INSERT UPDATE DELETE",
@@ -43,9 +43,16 @@ WORKER = {
     "user_credits": "SELECT",
     "credit_transactions": "SELECT",
     "organization_balances": "SELECT",
+    "organization_members": "SELECT",
     "holds": "SELECT",
 }
-VIEWS = {"user_credits", "credit_transactions", "organization_balances", "holds"}
+VIEWS = {
+    "user_credits",
+    "credit_transactions",
+    "organization_balances",
+    "organization_members",
+    "holds",
+}
 EXPECTED = {
     "credits_worker": WORKER,
     "credits_reader": {name: "SELECT" if name in VIEWS else "" for name in WORKER},

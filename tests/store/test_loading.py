@@ -67,7 +67,7 @@ async def fold(ledger: Ledger, connection: asyncpg.Connection, works: list[Work]
         assert isinstance(built, Command)
         commands.append(built)
     async with connection.transaction():
-        execution = await ledger._execute(connection, commands)
+        execution = await ledger._execute(connection, commands, CATALOGUE)
         await record_execution(connection, execution, ())
     return execution
 
@@ -330,6 +330,9 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
     keys = [f"p{number}" for number in numbers]
     subscriptions = [f"sub_{number}" for number in numbers]
     elsewhere = [f"user:u{number - 1}" for number in numbers]
+    organisations = [f"o{number}" for number in numbers]
+    users, pools = [f"u{number}" for number in numbers], [f"org:o{number}" for number in numbers]
+    merging = accounts[:1]
     now, ones = datetime.now(UTC), [1] * count
     nothing: list[Any] = [None] * count
     hashes = [hashlib.sha256(str(number).encode()).digest() for number in numbers]
@@ -344,7 +347,7 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
         "create_payments": (payments,),
         "lock_payments": (money,),
         "load_payments": (money,),
-        "find_parties": (accounts, generations, bookings, money, subscriptions),
+        "find_parties": (accounts, generations, bookings, money, subscriptions, organisations, merging),
         "create_accounts": (accounts,),
         "lock_accounts": (accounts,),
         "load_commands": (["tests"] * count, texts, [f"k{number}" for number in numbers]),
@@ -356,14 +359,22 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
         "load_allocations": (accounts, subscriptions, money),
         "load_subscriptions": (subscriptions, accounts),
         "load_usage": (accounts, now.date(), []),
+        "load_organisations": (organisations, organisations, users, users),
+        "load_member_usage": (pools, users, now.date(), []),
+        "write_organisations": (organisations, ["shared"] * count, times, times),
+        "delete_members": (organisations, users),
+        "write_members": (organisations, users, ones, ["day"] * count),
+        "write_member_usage": (pools, users, [now.date()] * count, ones, ones),
+        "merge_member_usage": (accounts, elsewhere),
+        "merge_members": (accounts, elsewhere),
         "update_accounts": (
             accounts, [0] * count, [100] * count, [4] * count, [0] * count, ones, hashes, ["free"] * count, nothing,
             ["open"] * count, nothing, nothing, [False] * count, nothing, times,
         ),
         "update_lots": (lots, accounts, [100] * count, [4] * count, [0] * count, [0] * count, nothing, ones, [0] * count),
         "update_generations": (
-            generations, accounts, ["failed"] * count, [0] * count, ["[]"] * count, nothing, [0] * count, [0] * count,
-            nothing, times,
+            generations, accounts, nothing, ["failed"] * count, [0] * count, ["[]"] * count, nothing, [0] * count,
+            [0] * count, nothing, nothing, times,
         ),
         "update_bookings": (bookings, ["closed"] * count, ones),
         "update_purchases": (keys, ones, ["[]"] * count),

@@ -35,6 +35,10 @@ SELECT what, account_id FROM (
     UNION ALL SELECT 'lot', account_id FROM lots WHERE open
     UNION ALL SELECT 'hold', account_id FROM generations WHERE state = 'held'
     UNION ALL SELECT 'count', account_id FROM usage_days WHERE generations > 0
+    UNION ALL SELECT 'share', 'user:' || member_id FROM usage_days WHERE member_id <> ''
+    UNION ALL SELECT 'place', 'user:' || user_id FROM members
+    UNION ALL SELECT 'hold of a member', 'user:' || member_id FROM generations WHERE state = 'held'
+    UNION ALL SELECT 'release', released_to FROM generations WHERE released_to IS NOT NULL
     UNION ALL SELECT 'purchase', account_id FROM purchases
     UNION ALL SELECT 'months', account_id FROM allocations
     UNION ALL SELECT 'subscription', account_id FROM subscriptions

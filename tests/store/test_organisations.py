@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,12 +38,9 @@ def told(
 ) -> Work:
     """What is told of an organisation, so many seconds after the first time."""
     named = [{"user_id": one} if isinstance(one, str) else one for one in members]
-    work = event(
-        "organization.updated", organization_id=organisation, mode=mode, members=named, **given
-    )
-    moment = (RECEIVED_AT + timedelta(seconds=at)).isoformat()
-    headers = (*work.record.headers, ("ce_time", moment.encode()))
-    return Work(replace(work.record, headers=headers))
+    moment = RECEIVED_AT + timedelta(seconds=at)
+    about = {"organization_id": organisation, "mode": mode, "members": named}
+    return event("organization.updated", time=moment, **about, **given)
 
 
 def given_to(organisation: str, credits: int, **given: Any) -> Work:
@@ -227,7 +223,12 @@ async def test_spending_and_updates_that_race_leave_whole_books(
     reports = await at_once(ledger, batches)
 
     assert outcomes(reports)["applied"] >= 100
-    assert set(await reasons(owner)) <= {"not_a_member", "unknown_hold", "hold_closed", "unknown_price"}
+    assert set(await reasons(owner)) <= {
+        "not_a_member",
+        "unknown_hold",
+        "hold_closed",
+        "unknown_price",
+    }
     assert await counted_wrongly(owner) == []
     assert await problems(owner) == []
 
@@ -278,13 +279,17 @@ async def test_what_a_hold_releases_follows_its_organisation(
         [request("g2", "bob", kind="video", credits=10, organization_id="acme")]
     )
     assert outcomes(report) == {"rejected": 1}
-    refused = await owner.fetchrow("SELECT required, available FROM commands WHERE reason IS NOT NULL")
+    refused = await owner.fetchrow(
+        "SELECT required, available FROM commands WHERE reason IS NOT NULL"
+    )
     assert tuple(refused) == (40, 10)
 
     assert await kinds(owner, "ann") == [
         "promotion", "generation_hold", "transfer", "generation_release", "transfer",
     ]  # fmt: skip
-    assert await owner.fetchval("SELECT count(*) FROM generations WHERE released_to IS NOT NULL") == 0
+    assert (
+        await owner.fetchval("SELECT count(*) FROM generations WHERE released_to IS NOT NULL") == 0
+    )
     assert await problems(owner) == []
 
 
@@ -405,7 +410,9 @@ async def test_a_closed_account_is_kept(ledger: Ledger, owner: asyncpg.Connectio
     assert outcomes(report) == {"applied": 3, "rejected": 2, "duplicate": 1}
     assert await reasons(owner) == {"account_closed": 2}
     assert await money(owner, "ann") == (0, 20, 0, 0)
-    assert await owner.fetchval("SELECT state FROM accounts WHERE account_id = 'user:ann'") == "closed"
+    assert (
+        await owner.fetchval("SELECT state FROM accounts WHERE account_id = 'user:ann'") == "closed"
+    )
     assert await problems(owner) == []
 
 
