@@ -10,8 +10,9 @@ ALTER TABLE generations
 CREATE INDEX generations_releasing ON generations (account_id) WHERE released_to IS NOT NULL AND state = 'held';
 CREATE INDEX generations_by_release ON generations (released_to) WHERE released_to IS NOT NULL AND state = 'held';
 
--- A person who is merged leaves organisations' counters and open holds behind, under his own id.
-CREATE INDEX generations_held_of_member ON generations (member_id) WHERE state = 'held' AND member_id IS NOT NULL;
+-- A person who is merged leaves organisations' counters and open holds behind, under his own id. A hold is what has a
+-- deadline: said so, no other index of holds can be taken for this one, whenever the plan is made.
+CREATE INDEX generations_held_of_member ON generations (member_id) WHERE deadline_at IS NOT NULL AND member_id IS NOT NULL;
 CREATE INDEX usage_days_of_member ON usage_days (member_id) WHERE member_id <> '';
 
 -- A member's limit says for how long it is.

@@ -79,6 +79,8 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "reason_is_of_the_contract": ("commands", "outcome = 'rejected'", {"reason": "because"}),
     "generations_pkey": ("generations", "true", {}),
     "generations_state_check": ("generations", ENDED, {"state": "paused"}),
+    "only_a_hold_releases": ("generations", ENDED, {"released_to": "user:bob"}),
+    "only_a_hold_releases 2": ("generations", f"{HELD} AND account_id = 'user:ann'", {"released_to": "user:ann"}),
     "a_hold_has_credits_and_deadline": ("generations", HELD, {"deadline_at": None}),
     "a_hold_has_credits_and_deadline 2": ("generations", HELD, {"held": 0}),
     "a_hold_has_credits_and_deadline 3": ("generations", HELD, {"account_id": None}),

@@ -23,6 +23,7 @@ from .kit import (
     book,
     cancel,
     chunks,
+    complete,
     event,
     fail,
     grant,
@@ -31,6 +32,7 @@ from .kit import (
     outcomes,
     pack,
     record,
+    request,
     stripe,
     until,
 )
@@ -220,6 +222,9 @@ FRAUDS = {
     "what a generation holds is what it pinned": "UPDATE generations SET held = held + 1 WHERE state = 'held'",
     "debt never stood beside unheld credits at a commit": "UPDATE entries SET debt_after = 1 WHERE version = 1",
     "a day's counters are the generations that they counted": "UPDATE usage_days SET generations = generations + 1",
+    "what a member has in use is what generations say": "UPDATE usage_days SET captured = captured + 1 WHERE member_id = 'ann'",
+    "a mirror keeps nothing that its member could spend": "UPDATE organisations SET mode = 'mirror' WHERE organization_id = 'acme'",
+    "a mirror has one member": "DELETE FROM members WHERE organization_id = 'solo'",
     "a generation took and gave back what entries say": "UPDATE generations SET taken = taken + 1",
     "a booking cost, earned and gave back what entries say": "UPDATE bookings SET credits = credits + 1",
     "a purchase made its own lot, once": "UPDATE purchases SET lot_id = NULL",
@@ -272,6 +277,23 @@ async def test_the_audit_finds_what_it_looks_for(ledger: Ledger, owner: asyncpg.
         stripe("refund.created", refund),
         event("user.merged", from_user_id="fay", to_user_id="bob"),
         yearly("in_9", "sub_9", user="bob"),
+        event(
+            "organization.updated",
+            organization_id="acme",
+            mode="shared",
+            members=[{"user_id": "ann"}],
+        ),
+        event(
+            "organization.updated",
+            organization_id="solo",
+            mode="mirror",
+            members=[{"user_id": "ann"}],
+        ),
+        event(
+            "credits.granted", organization_id="acme", credits=9, pool="purchased", reason="tests"
+        ),
+        request("g-acme", "ann", organization_id="acme"),
+        complete("g-acme", "ann"),
     ]
     for batch in chunks(lived, 7):
         await ledger.apply(batch)

@@ -377,7 +377,7 @@ SET mode = excluded.mode, event_at = excluded.event_at, recorded_at = excluded.r
 -- name: delete_members
 -- Who left an organisation, or became part of somebody else.
 DELETE FROM members m USING unnest($1::text[], $2::text[]) AS n (organization_id, user_id)
-WHERE (m.organization_id, m.user_id) = (n.organization_id, n.user_id);
+WHERE m.organization_id = ANY (ARRAY[n.organization_id]) AND m.user_id = ANY (ARRAY[n.user_id]);
 
 -- name: write_members
 -- Who belongs to an organisation, with limits.
@@ -395,7 +395,12 @@ ON CONFLICT (account_id, member_id, day) DO UPDATE SET held = excluded.held, cap
 -- What a merged account used of organisations counts for its heir, on the same days.
 WITH gone AS (
     DELETE FROM usage_days d USING unnest($1::text[], $2::text[]) AS n (source, heir)
-    WHERE d.member_id = substr(n.source, 6) AND d.member_id <> ''
+    CROSS JOIN LATERAL (
+        SELECT u.account_id, u.member_id, u.day FROM usage_days u
+        WHERE u.member_id = substr(n.source, 6) AND u.member_id <> '' OFFSET 0
+    ) u
+    WHERE d.account_id = ANY (ARRAY[u.account_id::text]) AND d.member_id = ANY (ARRAY[u.member_id])
+      AND d.day = ANY (ARRAY[u.day])
     RETURNING d.account_id, substr(n.heir, 6) AS member_id, d.day, d.held, d.captured
 )
 INSERT INTO usage_days (account_id, member_id, day, held, captured)
@@ -406,7 +411,11 @@ SET held = usage_days.held + excluded.held, captured = usage_days.captured + exc
 -- name: merge_members
 -- So do its open holds on organisations, whose end looks for its counter.
 UPDATE generations g SET member_id = substr(n.heir, 6) FROM unnest($1::text[], $2::text[]) AS n (source, heir)
-WHERE g.member_id = substr(n.source, 6) AND g.member_id IS NOT NULL AND g.state = 'held';
+CROSS JOIN LATERAL (
+    SELECT h.generation_id FROM generations h
+    WHERE h.member_id = substr(n.source, 6) AND h.member_id IS NOT NULL AND h.deadline_at IS NOT NULL OFFSET 0
+) h
+WHERE g.generation_id = ANY (ARRAY[h.generation_id::text]);
 
 -- name: write_dead_letters
 -- Keep messages that could not be applied; one that is kept already, at the same coordinates, stays as it is.
