@@ -20,6 +20,7 @@ import pytest
 from tests.store import life
 from tests.store.journal import rebuilt
 from tests.store.kit import (
+    RECEIVED_AT,
     adjust,
     book,
     cancel,
@@ -266,6 +267,47 @@ def merges(now: datetime) -> list[Work]:
     ]
 
 
+def organisations() -> list[Work]:
+    """A pool with limits whose members merge, a mirror that becomes a pool and back with open holds, a refund to a mirror,
+    and somebody who leaves.
+    """
+
+    def told(mode: str, *members: str, name: str = "acme", hour: int) -> Work:
+        named = [{"user_id": one, "limit_credits": 90, "period": "week"} for one in members]
+        about = {"organization_id": name, "mode": mode, "members": named}
+        return event("organization.updated", time=RECEIVED_AT + timedelta(hours=hour), **about)
+
+    funds = {"organization_id": "acme", "credits": 100, "reason": "tests"}
+    return [
+        told("shared", "ona", "oli", "olga", hour=1),
+        event("credits.granted", pool="subscription", expires_at=FAR, **funds),
+        event("credits.granted", pool="purchased", **funds),
+        *(request(f"o-{who}", who, organization_id="acme") for who in ("ona", "oli", "olga")),
+        complete("o-oli", "oli"),
+        fail("o-olga", "olga"),
+        complete("o-direct", "olga", kind="image", organization_id="acme"),
+        event("user.merged", from_user_id="oli", to_user_id="ona"),
+        told("mirror", "ivy", name="solo", hour=1),
+        grant("ivy", 60),
+        pack("cs_ivy", "cus_ivy", user="ivy"),
+        request("i-1", "ivy", organization_id="solo"),
+        request("i-2", "ivy", units=2),
+        told("shared", "ivy", "oli", name="solo", hour=2),
+        request("i-3", "oli", organization_id="solo"),
+        request("i-4", "oli", organization_id="solo"),
+        complete("i-4", "oli"),
+        fail("i-1", "ivy"),
+        told("mirror", "ivy", name="solo", hour=3),
+        fail("i-3", "oli"),
+        refund("i-4", "oli", credits=3),
+        told("shared", "ivy", name="solo", hour=4),
+        request("i-5", "ivy", organization_id="solo"),
+        told("mirror", "ivy", name="solo", hour=5),
+        event("user.closed", user_id="olga"),
+        request("o-late", "olga", organization_id="acme"),
+    ]
+
+
 async def live(url: str) -> None:
     """Let a database live: all kinds of events by many accounts, time that passes, and messages set aside."""
     async with await open_pool(url, size_max=4, name="tests") as pool:
@@ -276,7 +318,7 @@ async def live(url: str) -> None:
         await ledger.apply(life.second())
         await ledger.apply([*known_people(), grant("bob", 50)])  # who pays his debt with it
         now = (await owner.fetchval("SELECT now()")).replace(microsecond=0)
-        for part in chunks([*money_stories(now), *merges(now)], 7):
+        for part in chunks([*money_stories(now), *merges(now), *organisations()], 7):
             await ledger.apply(part)
         users = [f"u{number}" for number in range(12)]
         await ledger.apply(
@@ -746,6 +788,20 @@ CORRUPTIONS = [
                "UPDATE accounts SET allocate_at = NULL WHERE account_id = 'user:yan'", ("user:yan",)),
     Corruption("days_are_counted", "a day has a generation more",
                "UPDATE usage_days SET generations = generations + 1 WHERE account_id = 'user:fin'", ("user:fin",)),
+    Corruption("members_are_counted", "a member captured more",
+               "UPDATE usage_days SET captured = captured + 1 WHERE account_id = 'org:acme' AND member_id = 'ona'",
+               ("org:acme",), "captured of user:ona"),
+    Corruption("members_are_counted", "what a member holds is forgotten",
+               "DELETE FROM usage_days WHERE account_id = 'org:acme' AND member_id = 'ona'", ("org:acme",), "held of user:ona"),
+    Corruption("organisations_are_sane", "a pool becomes a mirror, and keeps its credits",
+               "UPDATE organisations SET mode = 'mirror' WHERE organization_id = 'acme'", ("org:acme",), "available"),
+    Corruption("organisations_are_sane", "a mirror of nobody",
+               "DELETE FROM members WHERE organization_id = 'solo'", ("org:solo",), "members 0"),
+    Corruption("organisations_are_sane", "a member who is somebody else",
+               "UPDATE members SET user_id = 'oli' WHERE organization_id = 'acme' AND user_id = 'ona'",
+               ("org:acme",), "member oli"),
+    Corruption("organisations_are_sane", "a hold that releases to nobody",
+               "UPDATE generations SET released_to = 'user:nobody' WHERE generation_id = 'i-5'", ("org:solo",), "generation i-5"),
     Corruption("entries_have_commands", "a command is forgotten", "DELETE FROM commands WHERE key = 'eve-2'",
                where="version 2"),
     Corruption("entries_have_commands", "a refused command that moved credits",
@@ -1029,7 +1085,7 @@ async def test_the_command_tells_what_is_wrong_and_how_much_more(
     assert status == 1
     assert "hashes_are_contents" in out
     assert "BROKEN" in out
-    assert "user:ann version 1: hash is " in out
+    assert "org:acme version 1: hash is " in out
     entries = await owner.fetchval("SELECT count(*) FROM entries")
     assert f"… and {entries - 3:,} more: --limit or --json shows them" in out
     assert "The books are NOT whole: " in out.splitlines()[-1]

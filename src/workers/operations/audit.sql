@@ -387,14 +387,17 @@ WHERE p.lot_id IS NOT NULL AND l.account_id IS DISTINCT FROM p.account_id;
 -- name: generations_are_journal
 -- checks: generations
 -- What a generation holds, took and gave back is what its entries moved, and no more came back than was taken.
+-- What an organisation paid comes back to whom its credits are then: of some accounts alone that cannot be judged.
 WITH moved AS (
-    SELECT cause ->> 'generation_id' AS generation_id, min(account_id) AS account_id, sum(held_delta) AS held,
-           -sum(subscription_delta + purchased_delta) FILTER (WHERE kind <> 'generation_refund') AS taken,
-           sum(subscription_delta + purchased_delta) FILTER (WHERE kind = 'generation_refund') AS given_back
-    FROM entries
-    WHERE kind IN ('generation_hold', 'generation_capture', 'generation_release', 'generation_debit',
-                   'generation_refund')
-      AND cause ? 'generation_id' AND ($1::text[] IS NULL OR account_id = ANY($1))
+    SELECT e.cause ->> 'generation_id' AS generation_id, min(e.account_id) AS account_id, sum(held_delta) AS held,
+           -sum(subscription_delta + purchased_delta) FILTER (WHERE e.kind <> 'generation_refund') AS taken,
+           sum(subscription_delta + purchased_delta) FILTER (WHERE e.kind = 'generation_refund') AS given_back
+    FROM entries e LEFT JOIN generations p ON p.generation_id = e.cause ->> 'generation_id'
+    WHERE e.kind IN ('generation_hold', 'generation_capture', 'generation_release', 'generation_debit',
+                     'generation_refund')
+      AND e.cause ? 'generation_id'
+      AND ($1::text[] IS NULL OR e.account_id = ANY($1)
+           AND NOT (e.kind = 'generation_refund' AND p.account_id IS NOT NULL AND p.account_id LIKE 'org:%'))
     GROUP BY 1
 )
 SELECT coalesce(g.account_id, m.account_id), 'generation', coalesce(g.generation_id, m.generation_id), t.field,
@@ -403,7 +406,9 @@ FROM (SELECT * FROM generations WHERE $1::text[] IS NULL OR account_id = ANY($1)
 FULL JOIN moved m ON m.generation_id = g.generation_id
 CROSS JOIN LATERAL (VALUES ('held', coalesce(g.held, 0), coalesce(m.held, 0)),
                            ('taken', coalesce(g.taken, 0), coalesce(m.taken, 0)),
-                           ('given_back', coalesce(g.given_back, 0), coalesce(m.given_back, 0)),
+                           ('given_back', coalesce(g.given_back, 0),
+                            CASE WHEN $1::text[] IS NOT NULL AND g.account_id LIKE 'org:%' THEN g.given_back
+                                 ELSE coalesce(m.given_back, 0) END),
                            ('given_back', g.given_back, least(g.given_back, g.taken))) AS t (field, stored, expected)
 WHERE t.stored <> t.expected;
 
@@ -569,11 +574,60 @@ WITH RECURSIVE {heirs}, stored AS (
 ), counted AS (
     SELECT coalesce(h.heir, g.account_id::text) AS account_id, g.counted_on AS day, count(*) AS generations
     FROM generations g LEFT JOIN last_heirs h ON h.account_id = g.account_id
-    WHERE g.counted_on IS NOT NULL AND ($1::text[] IS NULL OR g.account_id = ANY($1)) GROUP BY 1, 2
+    WHERE g.counted_on IS NOT NULL AND g.member_id IS NULL AND ($1::text[] IS NULL OR g.account_id = ANY($1))
+    GROUP BY 1, 2
 )
 SELECT account_id, 'day', day::text, 'generations', coalesce(s.generations, 0)::text, coalesce(c.generations, 0)::text
 FROM stored s FULL JOIN counted c USING (account_id, day)
 WHERE coalesce(s.generations, 0) <> coalesce(c.generations, 0);
+
+-- name: members_are_counted
+-- checks: days
+-- What a member has held and captured of an organisation's credits on a day is what the generations requested on it say;
+-- a merge adds both members' up.
+WITH RECURSIVE {heirs}, stored AS (
+    SELECT u.account_id, coalesce(h.heir, 'user:' || u.member_id) AS member, u.day, sum(u.held) AS held,
+           sum(u.captured) AS captured
+    FROM usage_days u LEFT JOIN last_heirs h ON h.account_id = 'user:' || u.member_id
+    WHERE u.member_id <> '' AND ($1::text[] IS NULL OR u.account_id = ANY($1)) GROUP BY 1, 2, 3
+), said AS (
+    SELECT g.account_id, coalesce(h.heir, 'user:' || g.member_id) AS member, g.counted_on AS day, sum(g.held) AS held,
+           sum(g.taken) AS captured
+    FROM generations g LEFT JOIN last_heirs h ON h.account_id = 'user:' || g.member_id
+    WHERE g.member_id IS NOT NULL AND g.counted_on IS NOT NULL AND ($1::text[] IS NULL OR g.account_id = ANY($1))
+    GROUP BY 1, 2, 3
+)
+SELECT account_id, 'day', day::text, t.field || ' of ' || member, t.stored::text, t.expected::text
+FROM stored s FULL JOIN said g USING (account_id, member, day)
+CROSS JOIN LATERAL (VALUES ('held', coalesce(s.held, 0), coalesce(g.held, 0)),
+                           ('captured', coalesce(s.captured, 0), coalesce(g.captured, 0))) AS t (field, stored, expected)
+WHERE t.stored <> t.expected;
+
+-- name: organisations_are_sane
+-- checks: accounts
+-- An organisation has an account; a mirror has one member and no unheld credits of its own; members are open to be asked:
+-- none was merged into somebody else; what a hold releases goes to an account that exists and was not merged.
+SELECT 'org:' || o.organization_id, 'organisation', o.organization_id::text, t.field, t.stored, t.expected
+FROM organisations o
+LEFT JOIN accounts a ON a.account_id = 'org:' || o.organization_id
+CROSS JOIN LATERAL (SELECT count(*) AS n FROM members m WHERE m.organization_id = o.organization_id) m
+CROSS JOIN LATERAL (VALUES
+    ('account', NULL, CASE WHEN a.account_id IS NULL THEN 'an account' END),
+    ('members', m.n::text, CASE WHEN o.mode = 'mirror' AND m.n <> 1 THEN 'one, as a mirror has' END),
+    ('available', (a.subscription + a.purchased - a.held)::text,
+     CASE WHEN o.mode = 'mirror' AND a.subscription + a.purchased <> a.held THEN '0, as a mirror has' END)
+) AS t (field, stored, expected)
+WHERE t.expected IS NOT NULL AND ($1::text[] IS NULL OR 'org:' || o.organization_id = ANY($1))
+UNION ALL
+SELECT 'org:' || m.organization_id, 'member', m.user_id::text, 'account', coalesce('merged into ' || a.merged_into, 'none'),
+       'an account that was not merged'
+FROM members m LEFT JOIN accounts a ON a.account_id = 'user:' || m.user_id
+WHERE (a.account_id IS NULL OR a.state = 'merged') AND ($1::text[] IS NULL OR 'org:' || m.organization_id = ANY($1))
+UNION ALL
+SELECT g.account_id, 'generation', g.generation_id, 'released_to', g.released_to, 'another account that was not merged'
+FROM generations g LEFT JOIN accounts a ON a.account_id = g.released_to
+WHERE g.released_to IS NOT NULL AND (a.account_id IS NULL OR a.state = 'merged' OR g.released_to = g.account_id)
+  AND ($1::text[] IS NULL OR g.account_id = ANY($1));
 
 -- -- Why it happened, and what is told ----------------------------------------------------------------------------
 

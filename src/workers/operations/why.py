@@ -145,7 +145,7 @@ class Spent(View):
         str,
         Field(
             description="generation, booking, booking_given_back (an earning taken back), debt, transfer, "
-            "adjustment, imported (history of an old system), or the kind of the entry."
+            "change_of_mode (credits that an organisation and its member hand each other), adjustment, imported (history of an old system), or the kind of the entry."
         ),
     ]
     id: str
@@ -401,13 +401,16 @@ LEFT JOIN commands c ON e.kind = 'transfer' AND c.key = e.cause ->> 'idempotency
 # bookings have no id.
 _SPENT = """
 WITH changes AS (
-    SELECT CASE WHEN kind = 'debt_payment' THEN 'debt' WHEN cause ? 'generation_id' THEN 'generation'
+    SELECT CASE WHEN kind = 'debt_payment' THEN 'debt'
+                WHEN kind = 'transfer' AND (cause ? 'organization_id' OR cause ? 'generation_id') THEN 'change_of_mode'
+                WHEN cause ? 'generation_id' THEN 'generation'
                 WHEN kind IN ('generation_debit', 'booking_debit') AND NOT cause ? 'booking_id' THEN 'imported'
                 WHEN NOT cause ? 'booking_id' THEN kind
                 WHEN subscription_delta + purchased_delta < 0 AND kind = 'booking_reversal' THEN 'booking_given_back'
                 ELSE 'booking' END AS thing,
            CASE WHEN kind = 'debt_payment' THEN ''
-                ELSE coalesce(cause ->> 'generation_id', cause ->> 'booking_id', cause ->> 'idempotency_key') END AS id,
+                ELSE coalesce(cause ->> 'organization_id', cause ->> 'generation_id', cause ->> 'booking_id',
+                              cause ->> 'idempotency_key') END AS id,
            subscription_delta + purchased_delta AS amount, recorded_at
     FROM entries
     WHERE account_id = $1 AND version > $3 AND version <= $2 AND kind <> ALL ($4::text[])
@@ -845,6 +848,8 @@ class _Words:
                 return f"an old system's history, command {_clean(id_)}"
             case "transfer":
                 return f"transfer to another account, command {_clean(id_)}"
+            case "change_of_mode":
+                return f"handed over when an organisation changed its mode: {_clean(id_)}"
             case "adjustment":
                 return f"operator's correction, command {_clean(id_)}"
             case _:
@@ -881,6 +886,9 @@ class _Words:
                 return f"operator's grant: {_clean(reference)}"
             case "adjustment":
                 return f"operator's correction, command {_clean(reference)}"
+            case "transfer" if grant and _handed_over(json.loads(grant["cause"] or "{}")):
+                told = _handed_over(json.loads(grant["cause"]))
+                return f"{told}; granted before as {_clean(reference)}"
             case "transfer":
                 sender = grant["commanded_for"] if grant else None
                 came = f"transfer from {_clean(sender)}" if sender else "transfer"
@@ -975,6 +983,22 @@ def _reversed(words: _Words, cause: Cause, amount: int) -> str:
     return f"{words.booking(cause.get('booking_id'), 'client')} given back"
 
 
+def _moved(cause: Cause, amount: int) -> str:
+    way = "received" if amount > 0 else "sent"
+    told = _handed_over(cause)
+    return f"{told}, {way}" if told else f"transfer {way}, {_command(cause)}"
+
+
+def _handed_over(cause: Cause) -> str | None:
+    """Between an organisation and its member, at a change of its mode or when a hold of before ended (R15)."""
+    if cause.get("organization_id"):
+        return f"handed over when organisation {_clean(cause['organization_id'])} changed its mode"
+    if cause.get("generation_id"):
+        held = f"hold of generation {_clean(cause['generation_id'])}"
+        return f"handed over after a change of an organisation's mode, when the {held} ended"
+    return None
+
+
 def _command(cause: Cause) -> str:
     return f"command {_clean(cause.get('idempotency_key'))}"
 
@@ -1000,7 +1024,7 @@ _ENTRY_WORDS: dict[str, Any] = {
     "clawback_reversal": lambda _w, c, _a: _listing("given back after a clawback", _money(c)),
     "debt_payment": lambda _w, _c, _a: "debt paid off",
     "adjustment": lambda _w, c, _a: f"operator's correction, {_command(c)}",
-    "transfer": lambda _w, c, a: f"transfer {'received' if a > 0 else 'sent'}, {_command(c)}",
+    "transfer": lambda _w, c, a: _moved(c, a),
 }
 
 
