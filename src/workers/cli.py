@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workers.operations.audit import Audit, Finding, Progress
     from workers.operations.dead_letters import DeadLetter, Message, Moved, Pool
     from workers.settings import Settings
-    from workers.store.reads import AccountView
+    from workers.store.reads import AccountView, OrganizationAccountView
 
 WELL, PROBLEMS, UNUSABLE = 0, 1, 2
 INTERRUPTED = 130
@@ -146,7 +146,13 @@ def balance(
 
     async def read(pool: "Pool") -> "AccountView | None":
         name = await _resolved(pool, owner)
-        return await (reads.account_at(pool, name, moment) if moment else reads.account(pool, name))
+        found = await (
+            reads.account_at(pool, name, moment) if moment else reads.account(pool, name)
+        )
+        told = await reads.organization(pool, owner)
+        if found is None or told is None:
+            return found
+        return reads.OrganizationAccountView(**dict(found), mode=told.mode, members=told.members)
 
     found = _with_database(read)
     if found is None:
@@ -155,6 +161,8 @@ def balance(
         sys.stdout.write(found.model_dump_json() + "\n")
     else:
         _print_account(found)
+        if isinstance(found, reads.OrganizationAccountView):
+            _print_members(found)
     return WELL
 
 
@@ -843,6 +851,22 @@ def _print_account(found: "AccountView") -> None:
         )
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+
+
+def _print_members(found: "OrganizationAccountView") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    console.print(f"a {found.mode} organisation of {len(found.members):,}")
+    table = Table("member", box=None, header_style="dim", pad_edge=False)
+    for name in ("limit", "used"):
+        table.add_column(name, justify="right")
+    for member in found.members:
+        limit = f"{member.limit_credits:,} a {member.period}" if member.period else "none"
+        table.add_row(Text(member.user_id), limit, f"{member.used_credits:,}")
+    if found.members:
+        console.print(table)
 
 
 def _print_catalogue(found: "Catalogue") -> None:

@@ -368,6 +368,38 @@ async def test_an_owner_is_found_under_every_name_it_has(
                 assert response.json()["code"] == "unknown_owner"
 
 
+async def test_an_organisation_shows_its_members_and_what_they_used(
+    ledger: httpx.AsyncClient, rows: Rows
+) -> None:
+    """Mode and members stand beside the balance: of a mirror its member's, which nothing is used of."""
+    await rows.account("org:o1")
+    await rows.account("user:ann", tier="pro")
+    for organization_id, mode in (("o1", "shared"), ("o2", "mirror")):
+        about = {"event_at": START, "recorded_at": START}
+        await rows.insert("organisations", organization_id=organization_id, mode=mode, **about)
+        await rows.insert("members", organization_id=organization_id, user_id="ann")
+    limit = {"limit_credits": 50, "period": "day"}
+    await rows.insert("members", organization_id="o1", user_id="bob", **limit)
+    today = datetime.now(UTC).date()
+    for day, held, captured in ((today, 4, 6), (today - timedelta(days=40), 1, 1)):
+        used = {"day": day, "held": held, "captured": captured}
+        await rows.insert("usage_days", account_id="org:o1", member_id="bob", **used)
+
+    shared = (await ledger.get("/v1/accounts/org:o1")).json()
+    mirror = (await ledger.get("/v1/accounts/org:o2")).json()
+    user = (await ledger.get("/v1/accounts/user:ann")).json()
+
+    assert (shared["account_id"], shared["mode"]) == ("org:o1", "shared")
+    assert shared["members"] == [
+        {"user_id": "ann", "limit_credits": None, "period": None, "used_credits": 0},
+        {"user_id": "bob", "limit_credits": 50, "period": "day", "used_credits": 10},
+    ]
+    assert (mirror["account_id"], mirror["mode"]) == ("user:ann", "mirror")
+    assert (mirror["balance"], mirror["tier"]) == (user["balance"], "pro")
+    assert [one["user_id"] for one in mirror["members"]] == ["ann"]
+    assert user.keys().isdisjoint({"mode", "members"})
+
+
 async def test_a_malformed_owner_is_the_callers_mistake(ledger: httpx.AsyncClient) -> None:
     """Text that no id can be is refused with 400 on every route of an account, before the database
     sees it.

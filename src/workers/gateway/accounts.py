@@ -15,7 +15,13 @@ from workers.gateway.tokens import Tokens
 from workers.messages.inbound import Time
 from workers.messages.outbound import CreditChanged
 from workers.store import reads
-from workers.store.reads import AccountView, HoldView, LotView, Pool
+from workers.store.reads import (
+    AccountView,
+    HoldView,
+    LotView,
+    OrganizationAccountView,
+    Pool,
+)
 
 READ_SECONDS_MAX = 5.0
 VERSION_MAX = 2**62
@@ -90,9 +96,14 @@ def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["accounts"], dependencies=[Depends(tokens.reader)])
     answers = problems.responses(400, 401, 404, 503)
 
-    @router.get("/accounts/{owner}", summary="An account's balance and lots", responses=answers)
-    async def account(owner: Owner, at: At = None) -> AccountView:
-        return await _in_time(_account(database.current, owner, at))
+    @router.get(
+        "/accounts/{owner}",
+        summary="An account's balance and lots",
+        description="Of an organisation also its mode and its members, with what each has used of a limit, as of now.",
+        responses=answers,
+    )
+    async def account(owner: Owner, at: At = None) -> OrganizationAccountView | AccountView:
+        return await _in_time(_whole_account(database.current, owner, at))
 
     @router.get(
         "/accounts/{owner}/entries",
@@ -125,6 +136,16 @@ async def _account(pool: Pool, text: str, at: datetime | None) -> AccountView:
     if found is None:
         raise _unknown_owner()
     return found
+
+
+async def _whole_account(
+    pool: Pool, text: str, at: datetime | None
+) -> OrganizationAccountView | AccountView:
+    found = await _account(pool, text, at)
+    told = await reads.organization(pool, text.replace(SLASH_INSIDE, "/"))
+    if told is None:
+        return found
+    return OrganizationAccountView(**dict(found), mode=told.mode, members=told.members)
 
 
 async def _entries(pool: Pool, text: str, after_version: int, limit: int) -> EntriesView:

@@ -66,6 +66,23 @@ class LotView(View):
     source: Annotated[str, Field(description="What granted it: kind, colon, reference.")]
 
 
+class MemberView(View):
+    """A member of an organisation; `used_credits` are held and captured ones of the running period, the month without one."""
+
+    user_id: str
+    limit_credits: int | None
+    period: Literal["day", "week", "month"] | None
+    used_credits: int
+
+
+class OrganizationView(View):
+    """Who belongs to an organisation. A mirror's credits are its member's own, so that nothing is used of it."""
+
+    organization_id: str
+    mode: Literal["mirror", "shared"]
+    members: list[MemberView]
+
+
 class AccountView(View):
     """An account; `lots` are the open ones, in the order in which they will be consumed."""
 
@@ -105,6 +122,13 @@ class AccountView(View):
     balance: BalanceView
     lots: list[LotView]
     updated_at: datetime
+
+
+class OrganizationAccountView(AccountView):
+    """An organisation's account: of a mirror it is its member's."""
+
+    mode: Literal["mirror", "shared"]
+    members: list[MemberView]
 
 
 class HeldLot(View):
@@ -217,6 +241,12 @@ WHERE a.account_id = $1
 ORDER BY l.pool DESC, l.expires_at ASC NULLS LAST, l.granted_at, l.granted_version, l.position, l.lot_id
 """
 
+_ORGANIZATION = """
+SELECT o.mode, m.user_id, m.limit_credits, m.period, m.used_credits
+FROM organisations o LEFT JOIN organization_members m USING (organization_id)
+WHERE o.organization_id = $1 ORDER BY m.user_id
+"""
+
 _SEEN = "SELECT EXISTS (SELECT FROM accounts WHERE account_id = $1)"
 
 # The account as the journal had it at a moment: times of one account's entries never go back (R12).
@@ -310,6 +340,22 @@ async def account(source: Source, owner: str) -> AccountView | None:
     """The account now, or None if the owner was never seen."""
     rows = await source.fetch(_ACCOUNT, owner)
     return _account_view(dict(rows[0]), [row for row in rows if row["lot_id"]]) if rows else None
+
+
+async def organization(source: Source, owner: str) -> OrganizationView | None:
+    """The organisation that an owner names as `org:<id>`; None where nothing was told of it, and for users."""
+    if not owner.startswith("org:"):
+        return None
+    name = owner.removeprefix("org:")
+    rows = await source.fetch(_ORGANIZATION, name)
+    members = [
+        MemberView(**{field: row[field] for field in MemberView.model_fields})
+        for row in rows
+        if row["user_id"] is not None
+    ]
+    if not rows:
+        return None
+    return OrganizationView(organization_id=name, mode=rows[0]["mode"], members=members)
 
 
 async def seen(source: Source, owner: str) -> bool:
