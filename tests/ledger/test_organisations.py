@@ -344,6 +344,19 @@ def test_the_members_unheld_credits_become_the_organisations() -> None:
     prove(ledger)
 
 
+def test_lots_of_one_age_keep_their_order() -> None:
+    """What was to be used up first still is."""
+    ledger = Ledger()
+    ledger.given(*(buy(1, key=f"checkout:cs_{number}") for number in (3, 1, 2)))
+    ledger.given(organisation("mirror", ANN), organisation("shared", ANN, at=START + HOUR))
+
+    assert [lot.source_reference for lot in ledger.lots(ACME)] == [
+        "checkout:cs_3",
+        "checkout:cs_1",
+        "checkout:cs_2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("told", "moved"),
     [
@@ -495,14 +508,16 @@ def test_a_members_place_and_counters_follow_a_merge(*, together: bool) -> None:
     """Batched or not; of two places the target's stays, and what both used adds up."""
     ledger = pool_of(terms(ANN, 10, "month"), terms(BOB, 99, "day"))
     ledger.given(request(3, id="g1", by=BOB, org="acme"), complete(2, id="g2", org="acme"))
+    ledger.given(complete(1, id="g0", by=BOB, org="acme"))
     then = [merge(BOB, ANN), request(6, id="g3", by=BOB, org="acme"), complete(1, id="g1")]
     if together:
         decided = ledger.run(*map(ledger.command, then)).decisions
-        assert [one.outcome for one in decided][1] == Rejected("member_limit", ACME, 6, 5)
+        assert [one.outcome for one in decided][1] == Rejected("member_limit", ACME, 6, 4)
     else:
         assert [ledger.do(one) for one in then] == ["applied", "member_limit", "applied"]
 
-    assert used(ledger) == {("ann", "2026-11-21"): (0, 3)}
+    assert used(ledger) == {("ann", "2026-11-21"): (0, 4)}
+    ledger.given(refund(id="g0", by=BOB))
     assert ledger.last(ACME).member_id == "ann"
     known = ledger.organisations["acme"].members
     assert {who: one.limit_credits for who, one in known.items()} == {ANN: 10}

@@ -84,9 +84,9 @@ def update_organisation(
     sole = writer.account(next(iter(members))) if action.mode == "mirror" else None
     if sole is not None and sole.state != "open":
         return Rejected("account_closed", sole.account_id)
-    if sole is not None and (known is None or known.mode == "shared"):
-        _switch(writer, own, sole, transaction)
-    elif sole is None and known is not None and known.mode == "mirror":
+    if sole is not None:
+        _switch(writer, own, sole, transaction)  # a mirror has nothing of its own to give
+    elif known is not None and known.mode == "mirror":
         alone = writer.account(next(iter(known.members)))
         if alone.account_id in members and alone.state == "open":
             _switch(writer, alone, own, transaction)
