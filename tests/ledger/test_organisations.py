@@ -448,6 +448,27 @@ def test_a_switch_back_takes_the_release_back() -> None:
     assert (ledger.money(ANN), ledger.money(ACME)) == (Money(), Money(0, 10))
 
 
+def test_open_holds_follow_two_changes_of_one_batch() -> None:
+    """A member becomes a mirror's and the organisation shared at once: his open hold is found all the same."""
+    ledger = Ledger()
+    ledger.given(grant(10), request(4))
+    told = [organisation("mirror", ANN), organisation("shared", ANN, BOB, at=START + HOUR)]
+    ledger.run(*map(ledger.command, told))
+    ledger.given(fail())
+
+    assert (ledger.money(ANN), ledger.money(ACME)) == (Money(), Money(0, 10))
+
+
+def test_what_a_clawback_gives_back_beside_a_hold_does_not_follow() -> None:
+    """Only what the hold itself releases does."""
+    ledger = Ledger()
+    ledger.given(buy(10, paid=1000), give_money_back(500, status="pending"), request(4))
+    ledger.given(organisation("mirror", ANN), organisation("shared", ANN, at=START + HOUR))
+    ledger.given(give_money_back(500, status="failed"), complete(1))
+
+    assert (ledger.money(ANN), ledger.money(ACME)) == (Money(0, 5), Money(0, 1 + 3))
+
+
 def test_a_release_expires_and_pays_debt_before_it_follows() -> None:
     """As every release does: only what is left of it moves."""
     ledger = Ledger()
@@ -599,6 +620,15 @@ def test_what_is_open_finishes_on_a_closed_account(
     assert ledger.do(ending) == "applied"
     assert ledger.last(ANN).kind == kind
     assert ledger.accounts[ANN].state == "closed"
+
+
+def test_what_is_over_is_over_on_a_closed_account_too() -> None:
+    """A repeat under another key is a repeat, not something new."""
+    ledger = Ledger()
+    ledger.given(grant(20), complete(4, id="g1"), request(4, id="g2"), fail(id="g2"), close())
+
+    assert ledger.do(complete(4, id="g1")) == "duplicate"
+    assert ledger.do(fail(id="g2")) == "duplicate"
 
 
 def test_time_goes_on_for_a_closed_account() -> None:
