@@ -100,15 +100,12 @@ class Identities:
         return answers
 
     def still_says(self, answer: Answer) -> bool:
-        """Whether the same question is answered the same; a name of whom was merged since means the heir."""
+        """Whether the same question is answered the same."""
         provider, external_id, said = answer
         if provider is None:
-            owner: str | None = self._user(external_id)
-        else:
-            owner = self._owners.get(external_id, {}).get(provider)
-        if owner is None or said is None:
-            return owner is said
-        return self.heir(owner) == self.heir(said)
+            return self.heir(self._user(external_id)) == said
+        owner = self._owners.get(external_id, {}).get(provider)
+        return (None if owner is None else self.heir(owner)) == said
 
     def learn(self, link: Link) -> str | None:
         """Add a link. A mapping that is known stays: returns its owner, None where the link is news."""
@@ -135,12 +132,14 @@ class Identities:
         return min(owners - {self.heir(link.owner)}, default=None)
 
     def merge(self, source: str, target: str) -> None:
-        """An account became part of another."""
-        self._merged[source] = target
+        """An account became part of another. One that is part of another already, or is the other, stays as it is."""
+        heir = self.heir(target)
+        if source not in self._merged and source != heir:
+            self._merged[source] = heir
 
     def forward(self, source: str) -> None:
         """A merged account's own id means its heir, unless it was mapped as a user id before."""
-        if source.startswith("user:"):
+        if source.startswith("user:") and source in self._merged:
             owners = self._owners.setdefault(source.removeprefix("user:"), {})
             owners.setdefault(USER, self.heir(source))
 
