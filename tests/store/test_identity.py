@@ -671,7 +671,7 @@ async def test_a_link_that_does_not_stand_resolves_nothing(
     assert len(await disagreements(owner)) == 1
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(40), 1194])
 async def test_one_batch_gives_what_one_by_one_gives(
     ledger: Ledger, owner: asyncpg.Connection, seed: int
 ) -> None:
