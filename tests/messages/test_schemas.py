@@ -151,7 +151,8 @@ DOCUMENTS = {
     if not any(part in one.why for part in BEYOND)
     and not any("TOML" in word or "UTF-8" in word or "bytes" in word for word in one.words)
     and not any(
-        part in one.why for part in ("beyond reason", "without end", "key twice", "table twice")
+        part in one.why
+        for part in ("beyond reason", "without end", "of thousands", "key twice", "table twice")
     )
 }
 
