@@ -8,22 +8,19 @@ moves it: sessions find a function of that name before PostgreSQL's own, and eve
 import asyncio
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import asyncpg
 
+from ledger import kit as memory
 from workers.batch import ACQUIRE_SECONDS, Ledger, _fresh_links
 from workers.ledger.catalogue import Catalogue, parse_catalogue
 from workers.ledger.commands import (
@@ -88,24 +85,10 @@ from .kit import (
     until,
 )
 
-
-def _ledger_kit() -> ModuleType:
-    """The kit of `tests/ledger`: that folder is a package of its own, and no dotted name leads there from this one."""
-    path = Path(__file__).parents[1] / "ledger" / "kit.py"
-    spec = importlib.util.spec_from_file_location("ledger_kit_of_the_store", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-memory = _ledger_kit()
 told = memory.told
 
 
-class InMemory(memory.Ledger):  # type: ignore[misc, name-defined]
+class InMemory(memory.Ledger):
     """The ledger in memory; it loads, as the store does, the accounts of the subscriptions that are named."""
 
     def load(self, commands: tuple[Command, ...]) -> Snapshot:
@@ -362,18 +345,6 @@ async def pool_at(
 
 
 # -- what the tables say ------------------------------------------------------------------------------------------
-
-
-async def problems(owner: asyncpg.Connection) -> list[str]:
-    """Everything that is wrong with the books. Lots that a merge took from an account are no lots of it any more."""
-    found = await journal.problems(owner)
-    merged = await owner.fetch(
-        """SELECT e.account_id, m ->> 'lot_id' FROM entries e JOIN accounts a USING (account_id)
-           CROSS JOIN LATERAL jsonb_array_elements(e.allocation) m WHERE a.state = 'merged'
-           GROUP BY 1, 2 HAVING sum((m ->> 'amount')::bigint) = 0 AND sum((m ->> 'held')::bigint) = 0"""
-    )
-    left = {f"lot {lot_id} of {account}: does not exist" for account, lot_id in merged}
-    return [problem for problem in found if problem not in left]
 
 
 async def rows(owner: asyncpg.Connection) -> dict[str, dict[Any, Any]]:

@@ -42,7 +42,6 @@ from .commands_kit import (
     rows_read_prepared,
     set_clock,
 )
-from .commands_kit import problems as problems_after_merges
 from .conftest import EMPTY
 from .journal import problems
 from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, request
@@ -254,7 +253,7 @@ async def tell(seed: int, owner: asyncpg.Connection, database_url: str, *, batch
             found = differences(tables, rows_in_memory(remembered, list(tables["accounts"])))
             assert found == [], where
             assert await due(pool) == due_in_memory(remembered), where
-        assert await problems_after_merges(owner) == [], seed
+        assert await problems(owner) == [], seed
 
 
 def due_in_memory(ledger: Any) -> set[str]:
