@@ -544,10 +544,20 @@ INSERT INTO bookings (booking_id, client_account, practitioner_account, state, c
     SELECT 'b' || i, 'user:u' || i, 'user:p' || i, 'booked', 5, now() FROM generate_series(1, {size}) i;
 INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
     SELECT 'tests', 'x', 'k' || i, '', 'applied', gen_random_uuid(), now() FROM generate_series(1, {size}) i;
+INSERT INTO dead_letters (dead_letter_id, topic, partition, kafka_offset, record_hash, headers, reason, detail, state,
+                          recorded_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT -i, 't', 0, i, '', '{{}}', 'malformed', '', 'replaying', now() FROM generate_series(1, {size}) i;
+INSERT INTO parked (parked_id, topic, partition, kafka_offset, record_hash, headers, waits_for, provider, detail,
+                    parked_at, next_attempt_at, deadline_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT -i, 't', 0, i, '', '{{}}', 'nobody', 'stripe', '', now(), now(), now() FROM generate_series(1, {size}) i;
+INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, headers, shard, dead_letter_id)
+    SELECT gen_random_uuid(), 'x', 'x', 'x', '', '{{}}', 0, -i FROM generate_series(1, {size}) i;
 """
 # All tables of a crowd that may be emptied at once: to delete so many accounts one by one takes minutes.
 CROWDED = """accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities, subscriptions,
-             usage_days, bookings, commands"""
+             usage_days, bookings, commands, dead_letters, parked, outbox"""
 Analysed = Literal["never", "when empty", "when full"]
 
 
