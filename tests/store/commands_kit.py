@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from ledger import kit as memory
-from workers.batch import ACQUIRE_SECONDS, Ledger, _fresh_links
+from workers.batch import ACQUIRE_SECONDS, Ledger
 from workers.ledger.catalogue import Catalogue, parse_catalogue
 from workers.ledger.commands import (
     Action,
@@ -72,7 +72,7 @@ from workers.messages.outbound import Publication
 from workers.sources import Sources
 from workers.store.database import _session
 from workers.store.load import OwnersChanged, find_identities
-from workers.store.record import record_execution, record_publications
+from workers.store.record import record_publications
 from workers.store.sql import SQL
 
 from . import journal
@@ -230,15 +230,11 @@ class Books(Ledger):
             connection.transaction(),
         ):
             known = await find_identities(connection, mentioned)
-            execution = await self._execute(connection, commands)
-            if mentioned and await find_identities(connection, mentioned) != known:
-                raise OwnersChanged
-            links, disagreements = _fresh_links(execution, known)
-            publications = await record_execution(connection, execution, links)
-            publications += self._rejections(execution)
-            publications += self._alerts([*execution.alerts, *disagreements], execution)
-            await record_publications(connection, publications)
-        return execution
+            decided = await self._decide(
+                connection, commands, mentioned, known, (), self._sources.catalogue
+            )
+            await record_publications(connection, decided.publications)
+        return decided.execution
 
 
 async def at_once(

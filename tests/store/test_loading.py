@@ -66,7 +66,7 @@ async def fold(ledger: Ledger, connection: asyncpg.Connection, works: list[Work]
         assert isinstance(built, Command)
         commands.append(built)
     async with connection.transaction():
-        execution = await ledger._execute(connection, commands)
+        execution = await ledger._execute(connection, commands, ledger._sources.catalogue)
         await record_execution(connection, execution, ())
     return execution
 
