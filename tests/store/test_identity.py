@@ -686,7 +686,7 @@ async def test_one_batch_gives_what_one_by_one_gives(
             assert {table: one[table] for table in differing} == {
                 table: other[table] for table in differing
             }, cut
-    assert await wrong(owner) == []
+    assert await problems(owner) == []
 
 
 # -- at once --------------------------------------------------------------------------------------------------------
