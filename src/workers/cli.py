@@ -115,18 +115,19 @@ def migrate(as_json: Json = False) -> int:
 
 @app.command()
 def topics(as_json: Json = False) -> int:
-    """Create the Kafka topics that are missing."""
-    from workers.topics import ensure_topics
+    """Create the Kafka topics that are missing, and tell which are not set as they should be."""
+    from workers.topics import ensure_topics, unfit_topics
 
     settings = _operator_settings()
+
+    async def ensure_and_look() -> tuple[list[str], list[str]]:
+        return await ensure_topics(settings), await unfit_topics(settings)
+
     with kafka_reached(settings.kafka_bootstrap):
-        created = asyncio.run(ensure_topics(settings))
-    _answer(
-        {"created": created},
-        as_json,
-        f"Created {', '.join(created)}." if created else "All topics are there.",
-    )
-    return WELL
+        created, unfit = asyncio.run(ensure_and_look())
+    done = f"Created {', '.join(created)}." if created else "All topics are there."
+    _answer({"created": created, "unfit": unfit}, as_json, "\n".join([done, *unfit]))
+    return PROBLEMS if unfit else WELL
 
 
 @app.command()

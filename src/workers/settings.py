@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, CatalogueError, parse_catalogue
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
-OUTBOUND_TOPICS = ("credit.changed", "credit.rejected", "credit.alert")
+OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
 
 Secrets = Annotated[SecretStr | None, Field(default=None)]
 

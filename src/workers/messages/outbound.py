@@ -1,4 +1,5 @@
-"""What is published: the models of `credit.changed`, `credit.rejected`, `credit.alert`, and their outbox rows.
+"""What is published: the models of `credit.changed` and its latest state `credit.balance`, of `credit.rejected` and
+`credit.alert`, and their outbox rows.
 
 The models are the contract and make the schemas. The rows are built beside them as plain dictionaries, because
 they are built for every entry; a test holds the two together.
@@ -19,6 +20,10 @@ from workers.ledger.outcomes import Reason, Rejected
 
 SHARDS = 16
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
+BALANCE = "credit.balance"
+SCHEMA_BASE = "https://credit-workers.invalid/schemas/"  # names, and never addresses
+# A change that would break a subscriber gets a new number: its schema has another id, which every message names.
+VERSIONS = {CHANGED: 1, BALANCE: 1, REJECTED: 1, ALERT: 1}
 Amount = Annotated[int, Field(ge=0, description="whole credits")]
 
 
@@ -79,6 +84,15 @@ class CreditChanged(_Message):
     cause: CauseOfChange
     occurred_at: datetime
     recorded_at: datetime
+
+
+class CreditBalance(_Message):
+    """The latest state of an account, as its newest `credit.changed` told it; the topic keeps one for each account."""
+
+    account_id: str
+    version: Annotated[int, Field(ge=1, description="the account version that this is")]
+    balance: ChangedBalance
+    updated_at: Annotated[datetime, Field(description="when that version was recorded")]
 
 
 class CreditRejected(_Message):
@@ -169,6 +183,23 @@ def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
     return _publication(
         entry.entry_id, CHANGED, entry.account_id, data, data["recorded_at"], entry.trace_id
     )
+
+
+def balance_payload(changed_payload: bytes) -> bytes:
+    """The data of `credit.balance` from that of a `credit.changed`."""
+    data = orjson.loads(changed_payload)
+    state = {
+        "account_id": data["account_id"],
+        "version": data["version"],
+        "balance": data["balance"],
+        "updated_at": data["recorded_at"],
+    }
+    return orjson.dumps(state)
+
+
+def schema_id(type_: str, version: int = 1) -> str:
+    """The name of a message's schema, which `ce_dataschema` carries."""
+    return f"{SCHEMA_BASE}events/{type_}/v{version}"
 
 
 def rejected(
