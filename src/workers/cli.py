@@ -266,25 +266,30 @@ def audit(
 @app.command()
 def schemas(
     check: Annotated[
-        bool, typer.Option(help="Only tell whether schemas/ is what the models say.")
+        bool,
+        typer.Option(help="Only tell whether schemas/ is what the code says, and promises kept."),
+    ] = False,
+    release: Annotated[
+        bool, typer.Option(help="Also record what this release promises; refused if one is broken.")
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Write schemas/ from the models."""
-    from workers.messages.schemas import check_schemas, write_schemas
+    """Write schemas/ from the code: JSON Schemas, AsyncAPI, OpenAPI."""
+    from workers import contract
     from workers.store.migrations import schemas_folder
 
     folder = schemas_folder()
     if not check:
-        write_schemas(folder)
-        _answer({"written": str(folder)}, as_json, f"Written to {folder}.")
-        return WELL
-    differences = check_schemas(folder)
-    text = "\n".join([*differences, "Run `credits schemas` and commit what it writes."])
+        contract.write_contract(folder)
+        broken = contract.release(folder) if release else []
+        told = "\n".join([f"Written to {folder}.", *broken])
+        _answer({"written": str(folder), "differences": broken}, as_json, told)
+        return PROBLEMS if broken else WELL
+    differences = contract.check_contract(folder)
     _answer(
         {"differences": differences},
         as_json,
-        text if differences else "schemas/ is what the models say.",
+        "\n".join(differences) or "schemas/ is what the code says, and every promise is kept.",
     )
     return PROBLEMS if differences else WELL
 

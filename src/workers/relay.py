@@ -28,6 +28,7 @@ from workers.messages.outbound import (
     BALANCE,
     CHANGED,
     SHARDS,
+    SOURCE,
     VERSIONS,
     balance_payload,
     schema_id,
@@ -44,7 +45,6 @@ log = structlog.get_logger(__name__)
 SHARD_LOCKS = (
     0x6F757462  # "outb": the first half of the advisory lock's key; the shard is the second
 )
-SOURCE = "credit-workers"
 # So much is read and sent in one round: it must fit our memory, and the time that a delivery may take.
 ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 # A commit in this process wakes the relay at once; another process's commit is found by polling.

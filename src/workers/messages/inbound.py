@@ -31,14 +31,17 @@ Units = Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX)]
 Text = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
-# pydantic would take "2026" for so many seconds after 1970. RFC 3339 lets a space stand for the T.
-RFC3339 = re.compile(
-    r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
+# pydantic would take "2026" for so many seconds after 1970. RFC 3339 lets a space stand for the T. This is the schema's
+# pattern too: all of a time's form that a pattern can say, so that only the length of months is left to the model.
+RFC3339 = (
+    r"^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    r"[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 )
+_RFC3339 = re.compile(RFC3339)
 
 
 def _time_is_text(value: Any) -> Any:
-    if not isinstance(value, str) or RFC3339.fullmatch(value) is None:
+    if not isinstance(value, str) or _RFC3339.fullmatch(value) is None:
         raise ValueError("not an RFC 3339 time with a time zone")
     return value
 
@@ -58,9 +61,23 @@ def _known_zone(value: str) -> str:
     return value
 
 
-Time = Annotated[AwareDatetime, BeforeValidator(_time_is_text), AfterValidator(_to_utc)]
+Time = Annotated[
+    AwareDatetime,
+    BeforeValidator(_time_is_text),
+    AfterValidator(_to_utc),
+    Field(
+        description="RFC 3339, with a time zone",
+        json_schema_extra={"pattern": RFC3339},
+    ),
+]
 TimeZone = Annotated[
-    str, Field(max_length=64, pattern=r"^[A-Za-z0-9_+/-]+$"), AfterValidator(_known_zone)
+    str,
+    Field(
+        max_length=64,
+        pattern=r"^[A-Za-z0-9_+/-]+$",
+        description="a name of the IANA time zone database",
+    ),
+    AfterValidator(_known_zone),
 ]
 
 
@@ -140,7 +157,10 @@ class UserCreated(Data):
         ]
         | None
     ) = None
-    external_ids: Annotated[dict[Id, Id], Field(max_length=50)] = Field(default_factory=dict)
+    external_ids: Annotated[
+        # What pydantic says of the keys does not refuse the others.
+        dict[Id, Id], Field(max_length=50, json_schema_extra={"additionalProperties": False})
+    ] = Field(default_factory=dict)
     time_zone: TimeZone | None = None
     tier: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
 
@@ -160,7 +180,15 @@ class UserMerged(Data):
     to_user_id: Id
 
 
+def _named(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": "string"}}}
+
+
 class _ForOwner(Data):
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_named("user_id"), _named("organization_id")]}
+    )
+
     user_id: Id | None = None
     organization_id: Id | None = None
 
@@ -183,7 +211,12 @@ class CreditsGranted(_ForOwner):
 class CreditsAdjusted(_ForOwner):
     """A signed correction in the purchased pool."""
 
-    credits: Annotated[int, Field(strict=True, ge=-CREDITS_MAX, le=CREDITS_MAX)]
+    credits: Annotated[
+        int,
+        Field(
+            strict=True, ge=-CREDITS_MAX, le=CREDITS_MAX, json_schema_extra={"not": {"const": 0}}
+        ),
+    ]
     reason: Text
 
     @model_validator(mode="after")

@@ -21,9 +21,11 @@ from workers.ledger.outcomes import Reason, Rejected
 SHARDS = 16
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
 BALANCE = "credit.balance"
+SOURCE = "credit-workers"
 SCHEMA_BASE = "https://credit-workers.invalid/schemas/"  # names, and never addresses
 # A change that would break a subscriber gets a new number: its schema has another id, which every message names.
 VERSIONS = {CHANGED: 1, BALANCE: 1, REJECTED: 1, ALERT: 1}
+EXTENSIBLE = "x-extensible"  # in a schema: a set of values that may grow without a new version
 Amount = Annotated[int, Field(ge=0, description="whole credits")]
 
 
@@ -76,7 +78,9 @@ class CreditChanged(_Message):
 
     account_id: str
     version: Annotated[int, Field(ge=1, description="gapless from 1 for each account")]
-    kind: Kind
+    kind: Annotated[
+        Kind, Field(description="a new one may appear", json_schema_extra={EXTENSIBLE: True})
+    ]
     amount: Annotated[int, Field(description="change of the balance: after − before")]
     balance: ChangedBalance
     member_id: str | None
@@ -100,7 +104,9 @@ class CreditRejected(_Message):
 
     account_id: str | None
     cause: CauseOfChange
-    reason: Reason
+    reason: Annotated[
+        Reason, Field(description="a new one may appear", json_schema_extra={EXTENSIBLE: True})
+    ]
     required: Amount | None
     available: Amount | None
     recorded_at: datetime
