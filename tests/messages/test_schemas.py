@@ -1,5 +1,6 @@
 """The schemas under `schemas/`: made from the models, and found out when they are not."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -184,14 +185,14 @@ def test_what_the_schema_takes_the_model_takes_and_nothing_else(
 
 
 @pytest.mark.parametrize("type_", INBOUND)
-@pytest.mark.parametrize("value", [*IDS, *NUMBERS, *TIMES, *TEXTS, *OTHERS], ids=repr)
-def test_each_field_is_as_strict_in_the_schema(type_: str, value: object) -> None:
+def test_each_field_is_as_strict_in_the_schema(type_: str) -> None:
     """Every field with every value around the rules: the schema and the model agree."""
-    for name in schema_of(type_)["properties"]:
+    around = [*IDS, *NUMBERS, *TIMES, *TEXTS, *OTHERS]
+    for name, value in itertools.product(schema_of(type_)["properties"], around):
         message = {**EXAMPLES[type_], name: value}
         against = verdict(type_, message)
         if not any(beyond in one for one in against for beyond in BEYOND_A_SCHEMA):
-            assert validator(type_).is_valid(message) == (not against), (name, against)
+            assert validator(type_).is_valid(message) == (not against), (name, value, against)
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 7, True])
