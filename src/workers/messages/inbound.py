@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from workers.ledger.catalogue import CREDITS_MAX
-from workers.messages.envelope import to_utc
+from workers.messages.envelope import RFC3339, to_utc
 
 Id = Annotated[
     str,
@@ -31,17 +31,9 @@ Units = Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX)]
 Text = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
-# pydantic would take "2026" for so many seconds after 1970. RFC 3339 lets a space stand for the T. This is the schema's
-# pattern too: all of a time's form that a pattern can say, so that only the length of months is left to the model.
-RFC3339 = (
-    r"^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
-    r"[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
-)
-_RFC3339 = re.compile(RFC3339)
-
-
 def _time_is_text(value: Any) -> Any:
-    if not isinstance(value, str) or _RFC3339.fullmatch(value) is None:
+    # pydantic would take "2026" for so many seconds after 1970.
+    if not isinstance(value, str) or re.fullmatch(RFC3339, value) is None:
         raise ValueError("not an RFC 3339 time with a time zone")
     return value
 
