@@ -22,7 +22,7 @@ import structlog
 
 from workers import telemetry
 from workers.ledger.catalogue import Catalogue
-from workers.ledger.commands import Cause, Command, CommandKey, Link, Settle
+from workers.ledger.commands import Cause, Command, CommandKey, Link, MergeAccounts, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
 from workers.ledger.outcomes import Conflict, Rejected
@@ -572,7 +572,9 @@ def _sort(readings: Sequence[tuple[Work, Reading]], identities: Identities) -> _
 
 
 def _resolve(work: Work, understood: Understood, identities: Identities, batch: _Sorted) -> None:
-    """Build a record's command as if every link of the records before it stood; `_fresh_links` sees whether they do."""
+    """Build a record's command as if every link and merge of the records before it stood; `_fresh_links` sees whether
+    they do.
+    """
     built: Command | Waiting | Refused
     try:
         built = understood.build(identities)
@@ -584,12 +586,26 @@ def _resolve(work: Work, understood: Understood, identities: Identities, batch: 
             batch.dead.append((work, built))
         case Command():
             batch.commands.append((work, built))
-            for link in built.links:
-                identities.learn(link)
+            _suppose(identities, built)
         case Waiting() if work.overdue:
             batch.dead.append((work, Refused("unresolved", built.detail, manual_fix=True)))
         case Waiting():
             batch.waiting.append(Wait(work, built.provider, built.external_id, built.detail))
+
+
+def _suppose(identities: Identities, command: Command) -> None:
+    """What will be known of ids if this command is applied, and takes in whatever its links name."""
+    if not command.links and not isinstance(command.action, MergeAccounts):
+        return
+    merged = [(link.itself, link.owner) for link in command.links if link.itself is not None]
+    if isinstance(command.action, MergeAccounts):
+        merged.append((command.action.source, command.action.target))
+    for source, target in merged:
+        identities.merge(source, target)
+    for link in command.links:
+        identities.learn(link)
+    for source, _ in merged:
+        identities.forward(source)
 
 
 def _fresh_links(
@@ -602,8 +618,7 @@ def _fresh_links(
     `answered` is what the batch's records were resolved by, each with the number of decisions before it.
 
     Raises:
-        ResolvedOtherwise: a record was resolved by a link of this batch that does not stand, or by none where a merge of
-            this batch makes one.
+        ResolvedOtherwise: a record was resolved by a link or a merge of this batch that does not stand.
     """
     links: list[Link] = []
     disagreements: list[Alert] = []

@@ -44,8 +44,10 @@ BROKEN = [
     _broken("one table twice", 3, ("twice", "put its keys there"), f"{HEAD}[tiers.pro]\n"),
     _broken("one key twice", 6, ("Cannot overwrite", "remove one"), f"{PACK}credits = 2\n"),
     _broken("thousands with commas", 5, ("not valid TOML", "1_000"), f"{HEAD}[packs.y]\nstripe_prices = []\ncredits = 1,000\n"),
-    _broken("nests beyond reason", None, ("nested beyond reason",), f"{HEAD}x = {'[' * 5000}"),
-    _broken("a number without end", 3, ("thousands of digits", WHOLE), f"{HEAD}x = {'9' * 5000}\n"),
+    _broken("nests beyond reason", None, ("nested beyond reason",), f"{HEAD}x = {'[ ' * 1_900}"),
+    _broken("a number without end", 3, ("more than 4,000 characters", "several lines"), f"{HEAD}x = {'9' * 5000}\n"),
+    _broken("a key of thousands of names", 3, ("more than 4,000 characters",), f"{HEAD}{'a.' * 400_000}a = 1\n"),
+    _broken("a key of many names", 3, ("tiers.pro.a is not a known key",), f"{HEAD}{'a.' * 1_500}a = 1\n"),
     # Keys
     _broken("no version", 1, ("version is missing", 'version = "2026-11"'), "[tiers.pro]\n"),
     _broken("an unknown key", 1, ("colour is not a known key", "known here: version, tiers"), 'colour = "red"\nversion = "1"\n'),

@@ -1,6 +1,8 @@
 """R14: the catalogue is validated when it is read, and says where and how to mend it."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.ledger.broken_catalogues import BROKEN, Broken
 
 from workers.ledger.catalogue import (
@@ -10,6 +12,30 @@ from workers.ledger.catalogue import (
     parse_catalogue,
 )
 
+PIECES = [
+    "[",
+    "]",
+    "[[",
+    "{",
+    "}",
+    '"',
+    "'",
+    '"""',
+    ".",
+    "=",
+    ",",
+    "#",
+    "\n",
+    "\r",
+    "\\",
+    "[packs]\n",
+    "packs.x = 1\n",
+    "1.5",
+    "true",
+    "-1",
+    "x = {y = 1}\n",
+    "\x00",
+]
 HEAD = 'version = "1"\n[tiers.pro]\n'
 
 
@@ -220,3 +246,24 @@ def test_the_broken_files_are_many_and_each_is_another() -> None:
         == len(BROKEN)
         >= 60
     )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_text_is_a_catalogue_or_is_told_what_is_wrong(data: st.DataObject) -> None:
+    """However a catalogue is mistyped: no other error, every problem on one line that the file has, and with a mend."""
+    text = DEFAULT_CATALOGUE
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        end = start + data.draw(st.integers(0, 12))
+        piece = data.draw(st.sampled_from(PIECES) | st.text(max_size=3))
+        text = text[:start] + piece + text[end:]
+
+    try:
+        parse_catalogue(text)
+    except CatalogueError as error:
+        lines = text.count("\n") + 1
+        for problem in error.problems:
+            assert problem.line is None or 1 <= problem.line <= lines
+            assert problem.mend
+            assert problem.told().isprintable()

@@ -89,6 +89,20 @@ def test_every_key_has_its_place() -> None:
     assert {path: tuple(place) for path, place in places_of(TEXT).items()} == EXPECTED
 
 
+def test_deep_keys_hide_no_others() -> None:
+    """What is deeper than eight names has no place, however deep; what comes after it has."""
+    deep = ".".join(["a"] * 4_000)
+
+    places = places_of(
+        f"{deep} = 1\nx = {'[' * 90}1{']' * 90}\n[[{deep[1:] + '.b'}]]\n[y]\n".replace(
+            "[[.", "[[c."
+        )
+    )
+
+    assert max(len(path) for path in places) == 8
+    assert (places["x",], places["y",]) == ((2, 1), (4, 1))
+
+
 @pytest.mark.parametrize("text", ["", "\n", "# nothing", "a = 1", "a = 1 # end", "[a]", "a = []"])
 def test_a_text_may_end_anywhere(text: str) -> None:
     """Without a last line break, too, as many places as there are keys."""

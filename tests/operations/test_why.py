@@ -150,7 +150,9 @@ async def bring(pool: Pool, ledger: Ledger, action: ImportCredits) -> None:
     """Import as the operator's command will: one command in a transaction of its own."""
     cause = Cause("import", "credits.import", action.import_key, action.import_key, NOW)
     async with pool.acquire() as connection, connection.transaction():
-        execution = await ledger._execute(connection, [Command(cause, action, b"")], CATALOGUE)
+        execution = await ledger._execute(
+            connection, [Command(cause, action, b"")], ledger._sources.catalogue
+        )
         await record_execution(connection, execution, ())
 
 

@@ -8,23 +8,20 @@ moves it: sessions find a function of that name before PostgreSQL's own, and eve
 import asyncio
 import contextlib
 import hashlib
-import importlib.util
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import asyncpg
 
-from workers.batch import ACQUIRE_SECONDS, Ledger, _fresh_links
+from ledger import kit as memory
+from workers.batch import ACQUIRE_SECONDS, Ledger
 from workers.ledger.catalogue import Catalogue, parse_catalogue
 from workers.ledger.commands import (
     Action,
@@ -78,7 +75,7 @@ from workers.messages.outbound import Publication
 from workers.sources import Sources
 from workers.store.database import _session
 from workers.store.load import OwnersChanged, find_identities
-from workers.store.record import record_execution, record_publications
+from workers.store.record import record_publications
 from workers.store.sql import SQL
 
 from . import journal
@@ -91,24 +88,10 @@ from .kit import (
     until,
 )
 
-
-def _ledger_kit() -> ModuleType:
-    """The kit of `tests/ledger`: that folder is a package of its own, and no dotted name leads there from this one."""
-    path = Path(__file__).parents[1] / "ledger" / "kit.py"
-    spec = importlib.util.spec_from_file_location("ledger_kit_of_the_store", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-memory = _ledger_kit()
 told = memory.told
 
 
-class InMemory(memory.Ledger):  # type: ignore[misc, name-defined]
+class InMemory(memory.Ledger):
     """The ledger in memory; it loads, as the store does, the accounts of the subscriptions that are named."""
 
     def load(self, commands: tuple[Command, ...]) -> Snapshot:
@@ -250,15 +233,11 @@ class Books(Ledger):
             connection.transaction(),
         ):
             known = await find_identities(connection, mentioned)
-            execution = await self._execute(connection, commands, self._sources.catalogue)
-            if mentioned and await find_identities(connection, mentioned) != known:
-                raise OwnersChanged
-            links, disagreements = _fresh_links(execution, known, ())
-            publications = await record_execution(connection, execution, links)
-            publications += self._rejections(execution)
-            publications += self._alerts([*execution.alerts, *disagreements], execution)
-            await record_publications(connection, publications)
-        return execution
+            decided = await self._decide(
+                connection, commands, mentioned, known, (), self._sources.catalogue
+            )
+            await record_publications(connection, decided.publications)
+        return decided.execution
 
 
 async def at_once(
@@ -365,18 +344,6 @@ async def pool_at(
 
 
 # -- what the tables say ------------------------------------------------------------------------------------------
-
-
-async def problems(owner: asyncpg.Connection) -> list[str]:
-    """Everything that is wrong with the books. Lots that a merge took from an account are no lots of it any more."""
-    found = await journal.problems(owner)
-    merged = await owner.fetch(
-        """SELECT e.account_id, m ->> 'lot_id' FROM entries e JOIN accounts a USING (account_id)
-           CROSS JOIN LATERAL jsonb_array_elements(e.allocation) m WHERE a.state = 'merged'
-           GROUP BY 1, 2 HAVING sum((m ->> 'amount')::bigint) = 0 AND sum((m ->> 'held')::bigint) = 0"""
-    )
-    left = {f"lot {lot_id} of {account}: does not exist" for account, lot_id in merged}
-    return [problem for problem in found if problem not in left]
 
 
 async def rows(owner: asyncpg.Connection) -> dict[str, dict[Any, Any]]:
@@ -597,10 +564,20 @@ INSERT INTO bookings (booking_id, client_account, practitioner_account, state, c
     SELECT 'b' || i, 'user:u' || i, 'user:p' || i, 'booked', 5, now() FROM generate_series(1, {size}) i;
 INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
     SELECT 'tests', 'x', 'k' || i, '', 'applied', gen_random_uuid(), now() FROM generate_series(1, {size}) i;
+INSERT INTO dead_letters (dead_letter_id, topic, partition, kafka_offset, record_hash, headers, reason, detail, state,
+                          recorded_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT -i, 't', 0, i, '', '{{}}', 'malformed', '', 'replaying', now() FROM generate_series(1, {size}) i;
+INSERT INTO parked (parked_id, topic, partition, kafka_offset, record_hash, headers, waits_for, provider, detail,
+                    parked_at, next_attempt_at, deadline_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT -i, 't', 0, i, '', '{{}}', 'nobody', 'stripe', '', now(), now(), now() FROM generate_series(1, {size}) i;
+INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, headers, shard, dead_letter_id)
+    SELECT gen_random_uuid(), 'x', 'x', 'x', '', '{{}}', 0, -i FROM generate_series(1, {size}) i;
 """
 # All tables of a crowd that may be emptied at once: to delete so many accounts one by one takes minutes.
 CROWDED = """accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities, subscriptions,
-             usage_days, bookings, commands, organisations, members"""
+             usage_days, bookings, commands, dead_letters, parked, outbox, organisations, members"""
 Analysed = Literal["never", "when empty", "when full"]
 
 

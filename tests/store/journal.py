@@ -13,6 +13,8 @@ import asyncpg
 
 from workers.ledger.model import Entry, LotMove
 
+MERGED = "SELECT account_id FROM accounts WHERE state = 'merged'"
+
 
 def rebuilt(row: asyncpg.Record) -> Entry:
     """The entry that a row was written from."""
@@ -96,15 +98,26 @@ async def _of_lots(connection: asyncpg.Connection, rows: list[asyncpg.Record]) -
             found.append(f"{generation['generation_id']}: the pins are not what is held")
         for lot_id, credits in pins:
             pinned[lot_id] += credits
-    totals = defaultdict(int)
+    totals, lots = defaultdict(int), set()
     for lot in await connection.fetch("SELECT * FROM lots"):
+        lots.add(str(lot["lot_id"]))
         key = (lot["account_id"], str(lot["lot_id"]), lot["pool"])
         stored = (lot["remaining"], lot["held"], lot["held"])
         if stored != (remaining.pop(key, 0), held[key], pinned[str(lot["lot_id"])]):
             found.append(f"lot {lot['lot_id']} of {lot['account_id']}: not what the journal says")
         totals[lot["account_id"], lot["pool"]] += lot["remaining"]
         totals[lot["account_id"], "held"] += lot["held"]
-    found += [f"lot {lot_id} of {account}: does not exist" for account, lot_id, _ in remaining]
+    # A lot that a merge moved is left in the journal of where it came from, with nothing in it.
+    merged = {row[0] for row in await connection.fetch(MERGED)}
+    moved = {
+        key
+        for key, credits in remaining.items()
+        if key[0] in merged and key[1] in lots and credits == held[key] == 0
+    }
+    found += [
+        f"lot {lot_id} of {account}: does not exist"
+        for account, lot_id, _ in remaining.keys() - moved
+    ]
     for account in await connection.fetch("SELECT * FROM accounts"):
         name = account["account_id"]
         for total in ("subscription", "purchased", "held"):

@@ -7,18 +7,18 @@ records themselves name stay where they were, so that the same record means the 
 """
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, assert_never
 
 import asyncpg
 from hypothesis import strategies as st
 
+from ledger import actions as drawn
+from ledger.kit import ANN, BOB, CAT, START, complete, request
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import (
     AdjustCredits,
@@ -47,11 +47,6 @@ from workers.ledger.commands import (
 from workers.store.set_aside import Work
 
 from . import kit
-
-# The folder of all tests is no package: what stands beside this one is imported by its place.
-sys.path.append(str(Path(__file__).parents[1]))
-from ledger import actions as drawn
-from ledger.kit import ANN, BOB, CAT, START, complete, request
 
 TIMES_AS_MANY = drawn.TIMES_AS_MANY
 MINUTE, HOUR = 60, 3600

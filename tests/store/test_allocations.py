@@ -24,13 +24,13 @@ from .commands_kit import (
     memory,
     not_on_target,
     pool_at,
-    problems,
     rows,
     rows_read,
     set_clock,
     written_last,
     yearly,
 )
+from .journal import problems
 from .kit import SOMEBODY_WAITS, money, until
 
 merge = memory.merge

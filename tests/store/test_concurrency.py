@@ -65,29 +65,6 @@ async def deadlocks(owner: asyncpg.Connection, pool: asyncpg.Pool) -> int:
     )
 
 
-async def test_opposite_bookings_never_deadlock_and_conserve_every_credit(
-    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
-) -> None:
-    """Thousands of bookings among ten accounts, A to B and B to A, on eight connections."""
-    dice = random.Random(7)
-    users = [f"u{number}" for number in range(10)]
-    await ledger.apply([grant(user, 1000) for user in users])
-    bookings = []
-    for number in range(3000):
-        client, practitioner = dice.sample(users, 2)
-        bookings.append(book(f"b{number}", client, practitioner, dice.randint(1, 20)))
-
-    reports = await at_once(ledger, chunks(bookings, 10))
-
-    assert sum(outcomes(reports).values()) == 3000
-    assert outcomes(reports).keys() <= {"applied", "rejected"}
-    assert outcomes(reports)["applied"] > 1000
-    total = await owner.fetchval("SELECT sum(subscription + purchased - debt) FROM accounts")
-    assert total == 10_000
-    assert await problems(owner) == []
-    assert await deadlocks(owner, pool) == 0
-
-
 async def test_accounts_that_nobody_has_seen_are_made_without_deadlock(
     pool: asyncpg.Pool, owner: asyncpg.Connection
 ) -> None:

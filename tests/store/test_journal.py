@@ -239,3 +239,19 @@ async def test_what_does_not_add_up_is_found(ledger: Ledger, owner: asyncpg.Conn
 
     for what, statement in FRAUDS:
         assert await found_after(owner, statement) != [], what
+
+
+async def test_a_merge_moves_lots_and_loses_none(ledger: Ledger, owner: asyncpg.Connection) -> None:
+    """What a merge moved is not missed where it came from; what else is not there is missed, there too."""
+    await ledger.apply([register("ann"), grant("ann", 100), grant("ann", 7)])
+    await ledger.apply([event("user.merged", from_user_id="ann", to_user_id="bob")])
+    assert await owner.fetchval("SELECT count(*) FROM lots WHERE account_id = 'user:bob'") == 2
+    assert await problems(owner) == []
+
+    lot = await owner.fetchval("SELECT lot_id FROM lots LIMIT 1")
+    another = f"allocation = replace(allocation::text, '{lot}', '{UUID(int=1)}')::jsonb"
+    for whose in ("ann", "bob"):  # with nothing in it, and with credits
+        found = await found_after(
+            owner, f"UPDATE entries SET {another} WHERE account_id = 'user:{whose}'"
+        )
+        assert f"lot {UUID(int=1)} of user:{whose}: does not exist" in found

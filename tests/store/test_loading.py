@@ -42,7 +42,6 @@ from .commands_kit import (
     rows_read_prepared,
     set_clock,
 )
-from .commands_kit import problems as problems_after_merges
 from .conftest import EMPTY
 from .journal import problems
 from .kit import CATALOGUE, RECORD_BYTES_MAX, SECRET, book, grant, register, request
@@ -67,7 +66,7 @@ async def fold(ledger: Ledger, connection: asyncpg.Connection, works: list[Work]
         assert isinstance(built, Command)
         commands.append(built)
     async with connection.transaction():
-        execution = await ledger._execute(connection, commands, CATALOGUE)
+        execution = await ledger._execute(connection, commands, ledger._sources.catalogue)
         await record_execution(connection, execution, ())
     return execution
 
@@ -254,7 +253,7 @@ async def tell(seed: int, owner: asyncpg.Connection, database_url: str, *, batch
             found = differences(tables, rows_in_memory(remembered, list(tables["accounts"])))
             assert found == [], where
             assert await due(pool) == due_in_memory(remembered), where
-        assert await problems_after_merges(owner) == [], seed
+        assert await problems(owner) == [], seed
 
 
 def due_in_memory(ledger: Any) -> set[str]:
@@ -359,6 +358,7 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
     lots = [UUID(bytes=hashlib.md5(f"lot{number}".encode()).digest()) for number in numbers]
     bookings = [f"b{number}" for number in numbers]
     allocations = [f"allocation:{number}" for number in numbers]
+    letters = [-number for number in numbers]
     refunds, disputes = ["re_1"] * count, ["dp_1"] * count
     texts, times = ["x"] * count, [now] * count
     return {
@@ -414,6 +414,16 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
         "merge_subscriptions": (accounts, elsewhere),
         "merge_identities": (accounts, elsewhere),
         "forward_merged": (accounts, elsewhere, now),
+        "write_dead_letters": (
+            ["t"] * count, [0] * count, numbers, [b""] * count, nothing, nothing, nothing, ["{}"] * count,
+            ["malformed"] * count, texts, nothing, nothing, nothing,
+        ),
+        "return_dead_letters": (letters, ["malformed"] * count, texts),
+        "settle_dead_letters": (letters,),
+        "wait_longer": (letters, ["stripe"] * count, texts, texts),
+        "unpark": (letters,),
+        "claim_parked": (count,),
+        "read_outbox": ([0], count, 10**6),
         "find_due_accounts": (500, []),
     }  # fmt: skip
 

@@ -17,10 +17,10 @@ from .commands_kit import (
     deadlocks,
     give_back,
     memory,
-    problems,
     told,
 )
 from .conftest import superuser
+from .journal import problems
 from .kit import SOMEBODY_WAITS, adjust, book, grant, link, money, outcomes, request, until
 
 merge = memory.merge

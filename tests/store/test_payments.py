@@ -31,10 +31,10 @@ from .commands_kit import (
     memory,
     not_on_target,
     pay,
-    problems,
     rows,
     written_last,
 )
+from .journal import problems
 from .kit import SOMEBODY_WAITS, kinds, money, until
 
 ANN, BOB = memory.ANN, memory.BOB

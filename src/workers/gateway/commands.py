@@ -17,10 +17,10 @@ from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
 from workers.messages.envelope import ID, TRACEPARENT, read_json
 from workers.messages.record import Refused
-from workers.messages.schemas import EXAMPLES
+from workers.messages.schemas import EXAMPLES, INBOUND
 from workers.settings import Settings
 from workers.sources import Sources, Understood
-from workers.sources.direct import COMMAND_TYPES, understand_command
+from workers.sources.direct import understand_command
 from workers.store import reads
 from workers.store.reads import AccountView, CommandView, Pool
 
@@ -130,7 +130,7 @@ def _asked(name: str, data: type[BaseModel]) -> type[BaseModel]:
 
 
 def _described() -> dict[str, Any]:
-    union: Any = reduce(or_, (_asked(name, data) for name, data in COMMAND_TYPES.items()))
+    union: Any = reduce(or_, (_asked(name, data) for name, data in INBOUND.items()))
     return TypeAdapter(union).json_schema(ref_template="#/components/schemas/{model}")
 
 
@@ -143,7 +143,7 @@ _REQUEST_BODY = {
         "application/json": {
             "schema": _SCHEMA,
             "examples": {
-                name: {"value": {"type": name, "data": EXAMPLES[name]}} for name in COMMAND_TYPES
+                name: {"value": {"type": name, "data": EXAMPLES[name]}} for name in INBOUND
             },
         }
     },

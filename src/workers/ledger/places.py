@@ -23,6 +23,10 @@ _STRINGS = (
 )
 
 
+# Deeper than anybody names; a key of thousands of names would else take the square of their number.
+_DEPTH_MAX = 8
+
+
 class Place(NamedTuple):
     """A line and a column, both counted from 1."""
 
@@ -31,7 +35,9 @@ class Place(NamedTuple):
 
 
 def places_of(text: str) -> dict[Path, Place]:
-    """The place where each key, table and list item is first written, by its path. The text is valid TOML."""
+    """The place where each key, table and list item is first written, by its path of at most eight names. The text is
+    valid TOML.
+    """
     walk = _Walk(text)
     walk.document()
     return walk.places
@@ -65,12 +71,12 @@ class _Walk:
         path: Path = ()
         names = self._names()
         for number, (name, _) in enumerate(names):
-            path = (*path, name)
+            path = _inside(path, name)
             self._mark(path, start)
             if many and number == len(names) - 1:
                 self._lists[path] = self._lists.get(path, 0) + 1
             if path in self._lists:
-                path = (*path, self._lists[path] - 1)
+                path = _inside(path, self._lists[path] - 1)
                 self._mark(path, start)
         self._at += 2 if many else 1
         return path
@@ -78,7 +84,7 @@ class _Walk:
     def _pair(self, table: Path) -> None:
         path = table
         for name, start in self._names():
-            path = (*path, name)
+            path = _inside(path, name)
             self._mark(path, start)
         self._at += 1  # the equals sign
         self._skip(_SPACE)
@@ -99,8 +105,8 @@ class _Walk:
         self._at += 1
         number = 0
         while self._next_is_not("]"):
-            self._mark((*path, number), self._at)
-            self._value((*path, number))
+            self._mark(_inside(path, number), self._at)
+            self._value(_inside(path, number))
             number += 1
             self._after_comma()
 
@@ -151,6 +157,11 @@ class _Walk:
             self._at = found.end()
 
     def _mark(self, path: Path, start: int) -> None:
-        if path not in self.places:
+        if path not in self.places and len(path) <= _DEPTH_MAX:
             line = bisect_right(self._line_starts, start)
             self.places[path] = Place(line, start - self._line_starts[line - 1] + 1)
+
+
+def _inside(path: Path, part: str | int) -> Path:
+    """The path one deeper; below the depth that is kept all are one, which is not marked."""
+    return (*path, part) if len(path) <= _DEPTH_MAX else path

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from workers.ledger.commands import Cause
 from workers.messages.envelope import Event
-from workers.messages.inbound import ACCOUNT_TYPES, BOOKING_TYPES, GENERATION_TYPES, Data
+from workers.messages.inbound import ACCOUNT_TYPES, BOOKING_TYPES, GENERATION_TYPES
 from workers.messages.record import Refused
 from workers.sources.account import understand_account
 from workers.sources.booking import understand_booking
@@ -15,8 +15,6 @@ from workers.sources.understood import Understood
 
 # The scope of idempotency keys: who asks (R8a).
 Door: TypeAlias = Literal["http", "cli"]
-
-COMMAND_TYPES: Mapping[str, type[Data]] = {**GENERATION_TYPES, **BOOKING_TYPES, **ACCOUNT_TYPES}
 
 _READERS: Mapping[str, Callable[[Event, Cause], Understood]] = {
     **dict.fromkeys(GENERATION_TYPES, understand_generation),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from workers.ledger.commands import Cause, Command, Link
 
@@ -41,6 +41,11 @@ class Lacking:
 STRIPE_API = "stripe_api"  # what a message waits for that lacks something
 
 
+# Whose an external id was said to be: provider, id, owner. Without a provider it was asked for as a user id. A bare tuple:
+# there is one for every record.
+Answer: TypeAlias = tuple[str | None, str, str | None]
+
+
 class Identities:
     """The mapping table as far as a batch needs it (R13), and what the batch itself has added to it.
 
@@ -60,13 +65,15 @@ class Identities:
         """The owner that an external id was mapped to."""
         owner = self._owners.get(external_id, {}).get(provider)
         owner = None if owner is None else self.heir(owner)
-        self._answers.append(Answer(provider, external_id, owner))
+        self._answers.append((provider, external_id, owner))
         return owner
 
     def user(self, user_id: str) -> str:
         """The owner of a user id: mapped, else the id itself. An id that providers disagree on is itself."""
-        owner = self.heir(self._user(user_id))
-        self._answers.append(Answer(None, user_id, owner))
+        owner = self._user(user_id)
+        if self._merged:
+            owner = self.heir(owner)
+        self._answers.append((None, user_id, owner))
         return owner
 
     def _user(self, user_id: str) -> str:
@@ -86,17 +93,18 @@ class Identities:
             owner = self._merged[owner]
         return owner
 
-    def take_answers(self) -> tuple["Answer", ...]:
+    def take_answers(self) -> tuple[Answer, ...]:
         """What was answered since this was last asked."""
-        answers, self._answers = tuple(self._answers), []
+        answers = tuple(self._answers)
+        self._answers.clear()
         return answers
 
-    def still_says(self, answer: "Answer") -> bool:
-        """Whether the same question is answered the same; a name of whom was merged since means the heir."""
-        said = None if answer.owner is None else self.heir(answer.owner)
-        if answer.provider is None:
-            return self.heir(self._user(answer.external_id)) == said
-        owner = self._owners.get(answer.external_id, {}).get(answer.provider)
+    def still_says(self, answer: Answer) -> bool:
+        """Whether the same question is answered the same."""
+        provider, external_id, said = answer
+        if provider is None:
+            return self.heir(self._user(external_id)) == said
+        owner = self._owners.get(external_id, {}).get(provider)
         return (None if owner is None else self.heir(owner)) == said
 
     def learn(self, link: Link) -> str | None:
@@ -124,22 +132,16 @@ class Identities:
         return min(owners - {self.heir(link.owner)}, default=None)
 
     def merge(self, source: str, target: str) -> None:
-        """An account became part of another."""
-        self._merged[source] = target
+        """An account became part of another. One that is part of another already, or is the other, stays as it is."""
+        heir = self.heir(target)
+        if source not in self._merged and source != heir:
+            self._merged[source] = heir
 
     def forward(self, source: str) -> None:
         """A merged account's own id means its heir, unless it was mapped as a user id before."""
-        if source.startswith("user:"):
+        if source.startswith("user:") and source in self._merged:
             owners = self._owners.setdefault(source.removeprefix("user:"), {})
             owners.setdefault(USER, self.heir(source))
-
-
-class Answer(NamedTuple):
-    """Whose an external id was said to be; with `provider` None it was asked for as a user id."""
-
-    provider: str | None
-    external_id: str
-    owner: str | None
 
 
 Fetched: TypeAlias = Mapping[str, Any]  # objects of Stripe's API by their paths

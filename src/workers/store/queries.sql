@@ -4,6 +4,7 @@
 -- So each statement leaves one way to its rows: their key. Sessions read no table in sequence (`database.py`); what is left
 -- is to read an index from end to end, for the sake of its order or of a condition that every row meets. Hence:
 --   `key = ANY (ARRAY[n.key])` where a table is joined with what was given: unlike `=` it can be looked up and not sorted by;
+--   `(state = 'x') IS TRUE` where a state has an index too, which is as good as the key while both are empty;
 --   `OFFSET 0` after what is looked up for each key: no other condition finds its way in, to be looked up instead.
 
 -- name: find_identities
@@ -436,13 +437,13 @@ RETURNING dead_letter_id, topic, partition, kafka_offset, reason;
 UPDATE dead_letters d
 SET state = 'dead', attempts = d.attempts + 1, reason = n.reason, detail = n.detail, settled_at = NULL
 FROM unnest($1::bigint[], $2::text[], $3::text[]) AS n (dead_letter_id, reason, detail)
-WHERE d.dead_letter_id = ANY (ARRAY[n.dead_letter_id]) AND d.state = 'replaying'
+WHERE d.dead_letter_id = ANY (ARRAY[n.dead_letter_id]) AND (d.state = 'replaying') IS TRUE
 RETURNING d.dead_letter_id, d.topic, d.partition, d.kafka_offset, d.reason;
 
 -- name: settle_dead_letters
 -- Replayed messages that ended otherwise than dead.
 UPDATE dead_letters SET state = 'replayed', settled_at = clock_timestamp(), settled_reason = 'replayed'
-WHERE dead_letter_id = ANY($1::bigint[]) AND state = 'replaying';
+WHERE dead_letter_id = ANY($1::bigint[]) AND (state = 'replaying') IS TRUE;
 
 -- name: park
 -- Keep messages that wait; one that waits already, at the same coordinates, stays as it is.
@@ -506,7 +507,7 @@ WITH oldest AS (
            sum(octet_length(o.payload) + coalesce(octet_length(d.value), 0))
                OVER (ORDER BY o.sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
     FROM (SELECT * FROM outbox WHERE shard = ANY($1::smallint[]) ORDER BY sequence LIMIT $2) o
-    LEFT JOIN dead_letters d ON d.dead_letter_id = o.dead_letter_id
+    LEFT JOIN LATERAL (SELECT * FROM dead_letters d WHERE d.dead_letter_id = o.dead_letter_id OFFSET 0) d ON true
 )
 SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $3 ORDER BY sequence;
 
