@@ -1206,3 +1206,38 @@ async def test_a_journal_too_long_to_sum_is_summed_in_part_and_says_so(
     ]
     await owner.execute("DELETE FROM lots WHERE granted = 50")
     assert "lots_are_not_the_balance" in codes(await told(pool, "ada"))
+
+
+async def test_what_a_change_of_mode_handed_over_is_named(ledger: Ledger, pool: Pool) -> None:
+    """Credits that came to an organisation, and those that left it, say that its mode changed, and what they were before."""
+
+    def told_of(mode: str, hour: int, *members: str) -> Any:
+        named = [{"user_id": one} for one in members]
+        about = {"organization_id": "acme", "mode": mode, "members": named}
+        return event("organization.updated", time=NOW + timedelta(hours=hour), **about)
+
+    await ledger.apply([register("ann"), pack("cs_1", "cus_ann", user="ann")])
+    await ledger.apply([told_of("mirror", 0, "ann"), request("g1", "ann", organization_id="acme")])
+    await ledger.apply([told_of("shared", 1, "ann", "bob"), fail("g1", "ann")])
+    shared, member = await told(pool, "org:acme"), await told(pool, "user:ann")
+
+    assert sources(shared) == [
+        "handed over when organisation acme changed its mode; granted before as checkout:cs_1",
+        (
+            "handed over after a change of an organisation's mode, when the hold of generation g1 ended; "
+            "granted before as checkout:cs_1"
+        ),
+    ]
+    told_of_mode = "handed over at or after an organisation's change of mode: "
+    assert [(one.thing, one.what, one.credits) for one in member.spent_on.listed] == [
+        ("change_of_mode", f"{told_of_mode}acme", 96),
+        ("change_of_mode", f"{told_of_mode}hold of generation g1", 4),
+    ]
+    assert codes(shared) == codes(member) == []
+    assert "handed over when organisation acme changed its mode, sent" in page(member)
+
+    await ledger.apply([told_of("mirror", 2, "ann")])
+    assert (await told(pool, "user:ann")).balance.total == 100
+    assert "handed over when organisation acme changed its mode, received" in page(
+        await told(pool, "user:ann")
+    )

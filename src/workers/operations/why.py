@@ -409,6 +409,7 @@ WITH changes AS (
                 WHEN subscription_delta + purchased_delta < 0 AND kind = 'booking_reversal' THEN 'booking_given_back'
                 ELSE 'booking' END AS thing,
            CASE WHEN kind = 'debt_payment' THEN ''
+                WHEN kind = 'transfer' AND cause ? 'generation_id' THEN 'hold of generation ' || (cause ->> 'generation_id')
                 ELSE coalesce(cause ->> 'organization_id', cause ->> 'generation_id', cause ->> 'booking_id',
                               cause ->> 'idempotency_key') END AS id,
            subscription_delta + purchased_delta AS amount, recorded_at
@@ -849,7 +850,7 @@ class _Words:
             case "transfer":
                 return f"transfer to another account, command {_clean(id_)}"
             case "change_of_mode":
-                return f"handed over when an organisation changed its mode: {_clean(id_)}"
+                return f"handed over at or after an organisation's change of mode: {_clean(id_)}"
             case "adjustment":
                 return f"operator's correction, command {_clean(id_)}"
             case _:
