@@ -317,3 +317,55 @@ async def test_the_count_sees_a_statement_for_each_record(counted: tuple[Proxy, 
         await ledger.apply([adjust("u0", -1)])
 
     assert len(proxy.statements) == 5 * len(single)
+
+
+async def test_members_of_any_number_cost_as_much_as_one(counted: tuple[Proxy, Ledger]) -> None:
+    """One organisation whose members spend, leave and come: the same statements for one record of each and for a hundred."""
+    proxy, ledger = counted
+
+    def told(*members: str) -> Work:
+        named = [{"user_id": one, "limit_credits": 50, "period": "week"} for one in members]
+        about = {"organization_id": "acme", "mode": "shared", "members": named}
+        return event("organization.updated", **about)
+
+    def spending(units: int, name: str) -> list[Work]:
+        people = [f"{name}{number}" for number in range(units)]
+        return [
+            told("boss", *people),
+            *(request(f"new-{who}", who, organization_id="acme") for who in people),
+            *(complete(f"old-{who}", who) for who in people),
+        ]
+
+    costs = []
+    for units, name in ((1, "a"), (1, "b"), (100, "c")):
+        people = [f"{name}{number}" for number in range(units)]
+        funds = {"organization_id": "acme", "credits": 10_000, "pool": "purchased"}
+        await ledger.apply([told("boss", *people), event("credits.granted", reason="x", **funds)])
+        await ledger.apply([request(f"old-{who}", who, organization_id="acme") for who in people])
+        costs.append(await cost(proxy, ledger, spending(units, name)))
+
+    assert costs[1] == costs[2]
+    assert len(costs[1][0]) <= STATEMENTS_MAX
+
+
+async def test_who_names_no_organisation_pays_no_statement_for_them(
+    counted: tuple[Proxy, Ledger],
+) -> None:
+    """Nothing of organisations is read or written for a batch of users' own generations and bookings."""
+    proxy, ledger = counted
+    await ledger.apply(people(2, "a"))
+
+    statements, _ = await cost(
+        proxy,
+        ledger,
+        [
+            request("new", "a0"),
+            complete("old-a0", "a0"),
+            book("new", "a0", "pa1", 5),
+            cancel("old-a1"),
+        ],
+    )
+
+    assert len(statements) > 10
+    own = [one for one in statements if "organisations" in one or "member_id = ANY" in one]
+    assert [one for one in own if "RECURSIVE" not in one] == []
