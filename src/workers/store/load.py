@@ -71,17 +71,7 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     """
     state = Snapshot()
     money = await _lock_money(connection, reach)
-    named = (
-        reach.accounts,
-        reach.generation_ids,
-        reach.booking_ids,
-        money,
-        reach.subscription_ids,
-        reach.organisations,
-        reach.merging,
-    )
-    parties = await connection.fetch(SQL["find_parties"], *map(list, named)) if any(named) else ()
-    locked = sorted(row[0] for row in parties)
+    locked = await _find_parties(connection, reach, money)
     if locked:
         await connection.execute(SQL["create_accounts"], locked)
         for row in await connection.fetch(SQL["lock_accounts"], locked):
@@ -102,6 +92,28 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
     await _load_member_usage(connection, state, now)
     _refuse_strangers(state)
     return state, now
+
+
+async def _find_parties(connection: Connection, reach: Reach, money: list[str]) -> list[str]:
+    """The accounts that must be locked, in the order of their locks."""
+    named = (
+        reach.accounts,
+        reach.generation_ids,
+        reach.booking_ids,
+        money,
+        reach.subscription_ids,
+        reach.organisations,
+    )
+    if not any(named):
+        return []
+    rows = await connection.fetch(SQL["find_parties"], *map(list, named))
+    found = [row[0] for row in rows]
+    # Most batches touch no organisation, and need not look where few ever find something.
+    if reach.merging or any(row[1] or row[0].startswith("org:") for row in rows):
+        merging = list(reach.merging)
+        rows = await connection.fetch(SQL["find_linked_parties"], found, merging)
+        found = [row[0] for row in rows]
+    return sorted(found)
 
 
 async def _lock_money(connection: Connection, reach: Reach) -> list[str]:

@@ -50,29 +50,41 @@ SELECT p.payment_id, p.invoice_id, p.charge_id, p.refunded, p.recorded_at,
 FROM payments p WHERE p.payment_id = ANY($1::text[]);
 
 -- name: find_parties
--- Every account that must be locked: those named, those of business objects and of organisations that a batch names, those
--- of the organisations of who merges; the heirs of merged ones, the members of mirrors, and all between which open holds
--- move what they release.
+-- Every account that must be locked: those named, those of business objects and of organisations that a batch names, and
+-- the heirs of merged ones. Whether there is any hold that releases to another account is asked beside: then, as where a
+-- batch touches organisations, `find_linked_parties` finds the rest.
 WITH RECURSIVE parties AS (
     SELECT unnest($1::text[]) AS account_id
-    UNION SELECT account_id FROM generations WHERE generation_id = ANY($2::text[]) AND account_id IS NOT NULL
-    UNION SELECT client_account FROM bookings WHERE booking_id = ANY($3::text[]) AND client_account IS NOT NULL
-    UNION SELECT practitioner_account FROM bookings
-          WHERE booking_id = ANY($3::text[]) AND practitioner_account IS NOT NULL
+    UNION SELECT named.account_id FROM generations g
+          CROSS JOIN LATERAL unnest(ARRAY[g.account_id::text, 'user:' || g.member_id]) AS named (account_id)
+          WHERE g.generation_id = ANY($2::text[])
+    UNION SELECT client_account FROM bookings WHERE booking_id = ANY($3::text[])
+    UNION SELECT practitioner_account FROM bookings WHERE booking_id = ANY($3::text[])
     UNION SELECT account_id FROM purchases WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM purchases WHERE invoice_id = ANY($4::text[])
     UNION SELECT account_id FROM allocations WHERE payment_id = ANY($4::text[])
     UNION SELECT account_id FROM allocations WHERE invoice_id = ANY($4::text[])
-    UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[]) AND account_id IS NOT NULL
-    UNION SELECT 'user:' || member_id FROM generations WHERE generation_id = ANY($2::text[]) AND member_id IS NOT NULL
+    UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[])
     UNION SELECT 'org:' || organization_id FROM organisations WHERE organization_id = ANY($6::text[])
-), merging AS (
-    SELECT unnest($7::text[]) COLLATE "C" AS account_id
+), heirs AS (
+    SELECT account_id::text COLLATE "C" AS account_id FROM parties WHERE account_id IS NOT NULL
+    -- One by one, by key: as a join the planner would rather read every account there is.
+    UNION SELECT n.heir FROM (
+        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
+        FROM heirs) n WHERE n.heir IS NOT NULL
+)
+SELECT account_id, (SELECT EXISTS (SELECT FROM generations WHERE released_to IS NOT NULL AND state = 'held')) FROM heirs;
+
+-- name: find_linked_parties
+-- These accounts, the organisations of those who merge, the members of mirrors, all between which open holds move what they
+-- release, and the heirs of all of them.
+WITH RECURSIVE merging AS (
+    SELECT unnest($2::text[]) COLLATE "C" AS account_id
     UNION SELECT n.heir FROM (
         SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = merging.account_id) AS heir
         FROM merging) n WHERE n.heir IS NOT NULL
 ), linked AS (
-    SELECT account_id::text COLLATE "C" AS account_id FROM parties
+    SELECT unnest($1::text[]) COLLATE "C" AS account_id
     UNION SELECT joined.account_id FROM merging CROSS JOIN LATERAL (
         SELECT ('org:' || m.organization_id) COLLATE "C" AS account_id FROM members m
         WHERE m.user_id = substr(merging.account_id, 6) OFFSET 0) joined
@@ -81,7 +93,6 @@ WITH RECURSIVE parties AS (
         WHERE d.member_id = substr(merging.account_id, 6) AND d.member_id <> '' OFFSET 0) used
 ), heirs AS (
     SELECT account_id FROM linked
-    -- One by one, by key: as a join the planner would rather read every account there is.
     UNION SELECT n.account_id FROM heirs CROSS JOIN LATERAL (
         SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS account_id
         UNION ALL SELECT sole.account_id FROM organisations o CROSS JOIN LATERAL (
