@@ -293,6 +293,39 @@ async def test_what_a_hold_releases_follows_its_organisation(
     assert await problems(owner) == []
 
 
+@pytest.mark.parametrize("end", ["fail", "deadline"])
+async def test_what_a_member_still_held_follows_to_what_is_shared_now(
+    ledger: Ledger, owner: asyncpg.Connection, end: str
+) -> None:
+    """A hold from before, which nobody names with its organisation: what it releases is the organisation's."""
+    await ledger.apply([register("ann", tier="pro"), grant("ann", 20), told("mirror", "ann")])
+    await ledger.apply([request("g1", "ann", hold_seconds=60)])
+    await ledger.apply([told("shared", "ann", "bob", at=1)])
+    assert await totals(owner, "user:ann") == (0, 4, 4, 0)
+
+    if end == "fail":
+        await ledger.apply([fail("g1", "ann")])
+    else:
+        await owner.execute("UPDATE generations SET deadline_at = clock_timestamp()")
+        while await ledger.settle(10) is not None:
+            pass
+
+    assert await totals(owner, "user:ann") == (0, 0, 0, 0)
+    assert (await totals(owner, ACME))[:2] == (0, 20)
+    assert await problems(owner) == []
+
+
+async def test_what_is_given_to_a_mirror_is_its_members(
+    ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """Whoever gives names the organisation alone, and the member's account must be found by it."""
+    await ledger.apply([told("mirror", "ann")])
+    await ledger.apply([given_to("acme", 7)])
+
+    assert await totals(owner, "user:ann") == (0, 7, 0, 0)
+    assert await problems(owner) == []
+
+
 async def test_memberships_and_counters_follow_a_merge(
     ledger: Ledger, owner: asyncpg.Connection
 ) -> None:
