@@ -14,7 +14,6 @@ from workers.store.set_aside import Work
 from .journal import problems
 from .kit import (
     RECEIVED_AT,
-    SOMEBODY_WAITS,
     chunks,
     complete,
     event,
@@ -394,30 +393,34 @@ async def test_a_merge_that_races_with_spending_keeps_counters_whole(
     assert await problems(owner) == []
 
 
-async def test_becoming_a_member_waits_for_the_merge_of_who_becomes_one(
-    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection
+@pytest.mark.parametrize("first", ["the merge", "the update"])
+async def test_becoming_a_member_while_one_is_merged(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, first: str
 ) -> None:
-    """An update that names somebody while he is merged finds his heir: no place is left to a name that means somebody else."""
+    """Whoever comes first: no place is left to a name that means somebody else."""
     await ledger.apply([grant("bob", 5), grant("ann", 5)])
+    works = [
+        event("user.merged", from_user_id="bob", to_user_id="ann"),
+        told("shared", "bob", "cat"),
+    ]
+    if first == "the update":
+        works.reverse()
     async with pool.acquire() as blocker:
         transaction = blocker.transaction()
         await transaction.start()
         await blocker.execute("SELECT FROM accounts WHERE account_id = 'user:bob' FOR UPDATE")
-        merging = asyncio.create_task(
-            ledger.apply([event("user.merged", from_user_id="bob", to_user_id="ann")])
-        )
-        await until(owner, SOMEBODY_WAITS)
-        updating = asyncio.create_task(ledger.apply([told("shared", "bob", "cat")]))
-        await until(
-            owner,
-            "SELECT count(*) = 2 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-            " AND datname = current_database()",
-        )
+        applied = []
+        for waiting, work in enumerate(works, 1):
+            applied.append(asyncio.create_task(ledger.apply([work])))
+            await until(
+                owner,
+                f"SELECT count(*) = {waiting} FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                " AND datname = current_database()",
+            )
         await transaction.rollback()
-        await asyncio.gather(merging, updating)
+        await asyncio.gather(*applied)
 
-    in_turn = [("acme", "ann", None, None), ("acme", "cat", None, None)]
-    assert await members(owner) == in_turn
+    assert await members(owner) == [("acme", "ann", None, None), ("acme", "cat", None, None)]
 
 
 async def test_a_closed_account_is_kept(ledger: Ledger, owner: asyncpg.Connection) -> None:
