@@ -883,7 +883,8 @@ class World:
 
 TABLES = (
     "accounts", "lots", "entries", "commands", "generations", "bookings", "purchases", "identities", "usage_days",
-    "payments", "refunds", "disputes", "allocations", "dead_letters", "outbox",
+    "payments", "refunds", "disputes", "allocations", "subscriptions", "organisations", "members", "dead_letters",
+    "outbox",
     "(SELECT topic, partition, kafka_offset, record_hash FROM parked)",  # what waits is tried again all the time
 )  # fmt: skip
 # What must hold of the tables at any moment: each query finds the exceptions.
