@@ -205,13 +205,13 @@ def test_topics_are_created_once(
     kafka_bootstrap: str,
     topic_prefix: str,
 ) -> None:
-    """All eleven under the prefix; then none is missing."""
+    """All twelve under the prefix; then none is missing."""
     monkeypatch.setenv("CREDITS_KAFKA_BOOTSTRAP", kafka_bootstrap)
     monkeypatch.setenv("CREDITS_TOPIC_PREFIX", topic_prefix)
     created = answered(capsys, "topics")
-    assert len(created["created"]) == 11
+    assert len(created["created"]) == 12
     assert f"{topic_prefix}credit.changed" in created["created"]
-    assert answered(capsys, "topics") == {"created": []}
+    assert answered(capsys, "topics") == {"created": [], "unfit": []}
 
 
 def test_an_owner_never_seen_is_a_problem_found(

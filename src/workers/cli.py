@@ -117,18 +117,19 @@ def migrate(as_json: Json = False) -> int:
 
 @app.command()
 def topics(as_json: Json = False) -> int:
-    """Create the Kafka topics that are missing."""
-    from workers.topics import ensure_topics
+    """Create the Kafka topics that are missing, and tell which are not set as they should be."""
+    from workers.topics import ensure_topics, unfit_topics
 
     settings = _operator_settings()
+
+    async def ensure_and_look() -> tuple[list[str], list[str]]:
+        return await ensure_topics(settings), await unfit_topics(settings)
+
     with kafka_reached(settings.kafka_bootstrap):
-        created = asyncio.run(ensure_topics(settings))
-    _answer(
-        {"created": created},
-        as_json,
-        f"Created {', '.join(created)}." if created else "All topics are there.",
-    )
-    return WELL
+        created, unfit = asyncio.run(ensure_and_look())
+    done = f"Created {', '.join(created)}." if created else "All topics are there."
+    _answer({"created": created, "unfit": unfit}, as_json, "\n".join([done, *unfit]))
+    return PROBLEMS if unfit else WELL
 
 
 @app.command()
@@ -267,25 +268,30 @@ def audit(
 @app.command()
 def schemas(
     check: Annotated[
-        bool, typer.Option(help="Only tell whether schemas/ is what the models say.")
+        bool,
+        typer.Option(help="Only tell whether schemas/ is what the code says, and promises kept."),
+    ] = False,
+    release: Annotated[
+        bool, typer.Option(help="Also record what this release promises; refused if one is broken.")
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Write schemas/ from the models."""
-    from workers.messages.schemas import check_schemas, write_schemas
+    """Write schemas/ from the code: JSON Schemas, AsyncAPI, OpenAPI."""
+    from workers import contract
     from workers.store.migrations import schemas_folder
 
     folder = schemas_folder()
     if not check:
-        write_schemas(folder)
-        _answer({"written": str(folder)}, as_json, f"Written to {folder}.")
-        return WELL
-    differences = check_schemas(folder)
-    text = "\n".join([*differences, "Run `credits schemas` and commit what it writes."])
+        contract.write_contract(folder)
+        broken = contract.release(folder) if release else []
+        told = "\n".join([f"Written to {folder}.", *broken])
+        _answer({"written": str(folder), "differences": broken}, as_json, told)
+        return PROBLEMS if broken else WELL
+    differences = contract.check_contract(folder)
     _answer(
         {"differences": differences},
         as_json,
-        text if differences else "schemas/ is what the models say.",
+        "\n".join(differences) or "schemas/ is what the code says, and every promise is kept.",
     )
     return PROBLEMS if differences else WELL
 

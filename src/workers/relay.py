@@ -1,16 +1,18 @@
 """Outbox → Kafka, in order (R10).
 
 Invariants: what is published was committed; one account's messages are published by one relay at a time, in the
-order of their versions; a row leaves the outbox only after the broker acknowledged it with all replicas. The
-relay reads the oldest rows that are there, never "those after the last one": a row that commits late has a lower
+order of their versions; a row leaves the outbox only after the broker acknowledged it with all replicas, and after
+`credit.balance` has the newest version of its account. The relay reads the oldest rows that are there, never "those after the last one": a row that commits late has a lower
 number. A crash between acknowledgement and deletion repeats messages with the same ids.
+
+`credit.balance` has no rows of its own: each round tells the last `credit.changed` of each account once more, as a state.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +24,15 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
 from workers import telemetry
-from workers.messages.outbound import ALERT, CHANGED, REJECTED, SHARDS
+from workers.messages.outbound import (
+    BALANCE,
+    CHANGED,
+    SHARDS,
+    SOURCE,
+    VERSIONS,
+    balance_payload,
+    schema_id,
+)
 from workers.messages.record import decode_headers
 from workers.producer import close_producer, open_producer
 from workers.settings import Settings, require
@@ -35,7 +45,6 @@ log = structlog.get_logger(__name__)
 SHARD_LOCKS = (
     0x6F757462  # "outb": the first half of the advisory lock's key; the shard is the second
 )
-SOURCE = "credit-workers"
 # So much is read and sent in one round: it must fit our memory, and the time that a delivery may take.
 ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 # A commit in this process wakes the relay at once; another process's commit is found by polling.
@@ -55,10 +64,10 @@ _ATTRIBUTES = {
         ("ce_specversion", b"1.0"),
         ("ce_type", type_.encode()),
         ("ce_source", SOURCE.encode()),
-        ("ce_dataschema", f"https://credit-workers.invalid/schemas/events/{type_}/v1".encode()),
+        ("ce_dataschema", schema_id(type_, version).encode()),
         ("content-type", b"application/json"),
     ]
-    for type_ in (CHANGED, REJECTED, ALERT)
+    for type_, version in VERSIONS.items()
 }
 
 
@@ -142,7 +151,10 @@ class Relay:
     async def publish_once(
         self, connection: asyncpg.Connection[asyncpg.Record], producer: AIOKafkaProducer
     ) -> int:
-        """Publish the oldest rows and delete those acknowledged. Returns how many there were.
+        """Publish the oldest rows, then the states that they left, and delete what was acknowledged.
+
+        Returns how many rows there were. An account's state follows its changes and comes before their deletion, so
+        whatever ends the relay in between, both are told again and neither is ever left behind.
 
         Raises:
             KafkaError: a row was refused; it and all other rows of its key stay.
@@ -156,28 +168,47 @@ class Relay:
         if not rows:
             return 0
         async with asyncio.timeout(DELIVERY_SECONDS):
-            sent = [await self._send(producer, row) for row in rows]
-            results = await asyncio.gather(*sent, return_exceptions=True)
-        failed = {
-            row["aggregateid"]
-            for row, result in zip(rows, results, strict=True)
-            if isinstance(result, BaseException)
-        }
+            failed = await self._deliver(producer, rows, self._message)
+            newest = {
+                row["aggregateid"]: row
+                for row in rows
+                if row["type"] == CHANGED and row["aggregateid"] not in failed
+            }
+            failed |= await self._deliver(producer, newest.values(), self._balance)
         done = [row for row in rows if row["aggregateid"] not in failed]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
-        for topic, count in Counter(row["aggregatetype"] for row in done).items():
+        published = Counter(row["aggregatetype"] for row in done)
+        published[BALANCE] = len(newest.keys() - failed.keys())
+        for topic, count in published.items():
             telemetry.PUBLISHED.labels(topic=topic).inc(count)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        for error in failed.values():
+            raise error
         return len(rows)
 
+    async def _deliver(
+        self,
+        producer: AIOKafkaProducer,
+        rows: Collection[asyncpg.Record],
+        message: Callable[[asyncpg.Record], dict[str, Any]],
+    ) -> dict[str, BaseException]:
+        """Send what `message` makes of each row. Returns the first error of each key that has one."""
+        sent = [await self._send(producer, row, message) for row in rows]
+        results = await asyncio.gather(*sent, return_exceptions=True)
+        failed: dict[str, BaseException] = {}
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, BaseException):
+                failed.setdefault(row["aggregateid"], result)
+        return failed
+
     async def _send(
-        self, producer: AIOKafkaProducer, row: asyncpg.Record
+        self,
+        producer: AIOKafkaProducer,
+        row: asyncpg.Record,
+        message: Callable[[asyncpg.Record], dict[str, Any]],
     ) -> Awaitable[RecordMetadata]:
-        """Hand a row to the producer. One that it will not take fails alone: the rows of other keys go on."""
+        """Hand a message to the producer. One that it will not take fails alone: the rows of other keys go on."""
         try:
-            sending: Awaitable[RecordMetadata] = await producer.send(**self._message(row))
+            sending: Awaitable[RecordMetadata] = await producer.send(**message(row))
         except (KafkaError, AssertionError, TypeError, ValueError) as error:
             log.critical("row_not_sent", sequence=row["sequence"], topic=row["aggregatetype"])
             refused: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
@@ -190,18 +221,31 @@ class Relay:
         topic = self._settings.topic(row["aggregatetype"])
         if row["dead_letter_id"] is not None:
             return {"topic": topic, **_dead_letter(row)}
-        headers = [
-            *_ATTRIBUTES[row["type"]],
-            ("ce_id", str(row["id"]).encode()),
-            ("ce_subject", row["aggregateid"].encode()),
-            *((name, value.encode()) for name, value in orjson.loads(row["headers"]).items()),
-        ]
         return {
             "topic": topic,
             "key": row["aggregateid"].encode(),
             "value": row["payload"],
-            "headers": headers,
+            "headers": _headers(row, row["type"], str(row["id"])),
         }
+
+    def _balance(self, row: asyncpg.Record) -> dict[str, Any]:
+        """The state that a change left. It is an event of its own: one source never uses an id for two."""
+        return {
+            "topic": self._settings.topic(BALANCE),
+            "key": row["aggregateid"].encode(),
+            "value": balance_payload(row["payload"]),
+            "headers": _headers(row, BALANCE, f"{row['id']}:balance"),
+        }
+
+
+def _headers(row: asyncpg.Record, type_: str, id_: str) -> list[tuple[str, bytes]]:
+    """The CloudEvents attributes, and the trace."""
+    return [
+        *_ATTRIBUTES[type_],
+        ("ce_id", id_.encode()),
+        ("ce_subject", row["aggregateid"].encode()),
+        *((name, value.encode()) for name, value in orjson.loads(row["headers"]).items()),
+    ]
 
 
 def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:

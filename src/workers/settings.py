@@ -17,7 +17,7 @@ from workers.catalogue_file import CatalogueFile
 from workers.ledger.catalogue import Catalogue, CatalogueError
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
-OUTBOUND_TOPICS = ("credit.changed", "credit.rejected", "credit.alert")
+OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
 
 Secrets = Annotated[SecretStr | None, Field(default=None)]
 

@@ -1,11 +1,18 @@
-"""Records with headers as they come, for tests that look at envelopes and bytes only."""
+"""Records with headers as they come, and the schemas of messages, for tests that look at bytes only."""
 
 import json
+import os
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
-from workers.messages.record import Header, Record
+import jsonschema_rs
 
+from workers.messages.record import Header, Record
+from workers.messages.schemas import message_schemas
+
+# The ordinary suite draws few examples; CREDITS_TEST_EXAMPLES=100 draws a hundred times as many.
+TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
 RECEIVED_AT = datetime(2026, 11, 21, 10, tzinfo=UTC)
 STRUCTURED = {"content-type": "application/cloudevents+json; charset=UTF-8"}
 BINARY = {
@@ -22,6 +29,22 @@ ATTRIBUTES = {
     "type": "booking.cancelled",
     "data": {"booking_id": "b1"},
 }
+
+
+@cache
+def _schemas() -> dict[str, dict[str, Any]]:
+    return message_schemas()
+
+
+def schema_of(type_: str) -> dict[str, Any]:
+    """The generated schema of a message."""
+    return _schemas()[type_]
+
+
+@cache
+def validator(type_: str) -> jsonschema_rs.Draft202012Validator:
+    """Who holds a message to its schema: an implementation that is not the model's."""
+    return jsonschema_rs.Draft202012Validator(schema_of(type_))
 
 
 def record(

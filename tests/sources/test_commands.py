@@ -210,7 +210,7 @@ def test_a_topic_takes_its_own_types_only(topic: str) -> None:
     """Who may write bookings may not mint credits, forge a purchase, or tell what changed."""
     others = {type_ for name, types in TOPIC_TYPES.items() if name != topic for type_ in types}
     forged = {"invoice.paid", "checkout.session.completed", "refund.created", "charge.refunded",
-              "customer.created", "credit.changed", "credit.rejected", "credit.alert"}  # fmt: skip
+              "customer.created", "credit.changed", "credit.balance", "credit.rejected", "credit.alert"}  # fmt: skip
     for type_ in others | forged:
         refused = refusal(event(type_, EXAMPLES.get(type_, {}), topic=topic))
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from workers.ledger.catalogue import CREDITS_MAX
-from workers.messages.envelope import to_utc
+from workers.messages.envelope import RFC3339, to_utc
 
 Id = Annotated[
     str,
@@ -31,14 +31,9 @@ Units = Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX)]
 Text = Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
-# pydantic would take "2026" for so many seconds after 1970. RFC 3339 lets a space stand for the T.
-RFC3339 = re.compile(
-    r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})", re.ASCII
-)
-
-
 def _time_is_text(value: Any) -> Any:
-    if not isinstance(value, str) or RFC3339.fullmatch(value) is None:
+    # pydantic would take "2026" for so many seconds after 1970.
+    if not isinstance(value, str) or re.fullmatch(RFC3339, value) is None:
         raise ValueError("not an RFC 3339 time with a time zone")
     return value
 
@@ -58,9 +53,23 @@ def _known_zone(value: str) -> str:
     return value
 
 
-Time = Annotated[AwareDatetime, BeforeValidator(_time_is_text), AfterValidator(_to_utc)]
+Time = Annotated[
+    AwareDatetime,
+    BeforeValidator(_time_is_text),
+    AfterValidator(_to_utc),
+    Field(
+        description="RFC 3339, with a time zone",
+        json_schema_extra={"pattern": RFC3339},
+    ),
+]
 TimeZone = Annotated[
-    str, Field(max_length=64, pattern=r"^[A-Za-z0-9_+/-]+$"), AfterValidator(_known_zone)
+    str,
+    Field(
+        max_length=64,
+        pattern=r"^[A-Za-z0-9_+/-]+$",
+        description="a name of the IANA time zone database",
+    ),
+    AfterValidator(_known_zone),
 ]
 
 
@@ -140,7 +149,10 @@ class UserCreated(Data):
         ]
         | None
     ) = None
-    external_ids: Annotated[dict[Id, Id], Field(max_length=50)] = Field(default_factory=dict)
+    external_ids: Annotated[
+        # What pydantic says of the keys does not refuse the others.
+        dict[Id, Id], Field(max_length=50, json_schema_extra={"additionalProperties": False})
+    ] = Field(default_factory=dict)
     time_zone: TimeZone | None = None
     tier: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
 
@@ -161,7 +173,15 @@ class UserMerged(Data):
     reason: Text | None = None
 
 
+def _named(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": "string"}}}
+
+
 class _ForOwner(Data):
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_named("user_id"), _named("organization_id")]}
+    )
+
     user_id: Id | None = None
     organization_id: Id | None = None
 
@@ -184,7 +204,12 @@ class CreditsGranted(_ForOwner):
 class CreditsAdjusted(_ForOwner):
     """A signed correction in the purchased pool."""
 
-    credits: Annotated[int, Field(strict=True, ge=-CREDITS_MAX, le=CREDITS_MAX)]
+    credits: Annotated[
+        int,
+        Field(
+            strict=True, ge=-CREDITS_MAX, le=CREDITS_MAX, json_schema_extra={"not": {"const": 0}}
+        ),
+    ]
     reason: Text
 
     @model_validator(mode="after")

@@ -1,4 +1,5 @@
-"""What is published: the models of `credit.changed`, `credit.rejected`, `credit.alert`, and their outbox rows.
+"""What is published: the models of `credit.changed` and its latest state `credit.balance`, of `credit.rejected` and
+`credit.alert`, and their outbox rows.
 
 The models are the contract and make the schemas. The rows are built beside them as plain dictionaries, because
 they are built for every entry; a test holds the two together.
@@ -21,6 +22,12 @@ SHARDS = 16
 # Somebody must do something: the next worker would not start with a catalogue that a running one refuses.
 CRITICAL = frozenset({"manual_fix_required", "identity_disagreement", "catalogue_refused"})
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
+BALANCE = "credit.balance"
+SOURCE = "credit-workers"
+SCHEMA_BASE = "https://credit-workers.invalid/schemas/"  # names, and never addresses
+# A change that would break a subscriber gets a new number: its schema has another id, which every message names.
+VERSIONS = {CHANGED: 1, BALANCE: 1, REJECTED: 1, ALERT: 1}
+EXTENSIBLE = "x-extensible"  # in a schema: a set of values that may grow without a new version
 Amount = Annotated[int, Field(ge=0, description="whole credits")]
 
 
@@ -73,7 +80,9 @@ class CreditChanged(_Message):
 
     account_id: str
     version: Annotated[int, Field(ge=1, description="gapless from 1 for each account")]
-    kind: Kind
+    kind: Annotated[
+        Kind, Field(description="a new one may appear", json_schema_extra={EXTENSIBLE: True})
+    ]
     amount: Annotated[int, Field(description="change of the balance: after − before")]
     balance: ChangedBalance
     member_id: str | None
@@ -83,12 +92,23 @@ class CreditChanged(_Message):
     recorded_at: datetime
 
 
+class CreditBalance(_Message):
+    """The latest state of an account, as its newest `credit.changed` told it; the topic keeps one for each account."""
+
+    account_id: str
+    version: Annotated[int, Field(ge=1, description="the account version that this is")]
+    balance: ChangedBalance
+    updated_at: Annotated[datetime, Field(description="when that version was recorded")]
+
+
 class CreditRejected(_Message):
     """A command refused for a business reason. Its key stays refused."""
 
     account_id: str | None
     cause: CauseOfChange
-    reason: Reason
+    reason: Annotated[
+        Reason, Field(description="a new one may appear", json_schema_extra={EXTENSIBLE: True})
+    ]
     required: Amount | None
     available: Amount | None
     recorded_at: datetime
@@ -171,6 +191,23 @@ def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
     return _publication(
         entry.entry_id, CHANGED, entry.account_id, data, data["recorded_at"], entry.trace_id
     )
+
+
+def balance_payload(changed_payload: bytes) -> bytes:
+    """The data of `credit.balance` from that of a `credit.changed`."""
+    data = orjson.loads(changed_payload)
+    state = {
+        "account_id": data["account_id"],
+        "version": data["version"],
+        "balance": data["balance"],
+        "updated_at": data["recorded_at"],
+    }
+    return orjson.dumps(state)
+
+
+def schema_id(type_: str, version: int = 1) -> str:
+    """The name of a message's schema, which `ce_dataschema` carries."""
+    return f"{SCHEMA_BASE}events/{type_}/v{version}"
 
 
 def rejected(

@@ -1,7 +1,5 @@
-"""The contract as files: a JSON Schema (2020-12) with examples for every message, generated from the models."""
+"""A JSON Schema (2020-12) with an example for every message and for the catalogue, generated from the models."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,14 +8,18 @@ from workers.ledger.catalogue import Catalogue
 from workers.messages.inbound import ACCOUNT_TYPES, BOOKING_TYPES, GENERATION_TYPES
 from workers.messages.outbound import (
     ALERT,
+    BALANCE,
     CHANGED,
     REJECTED,
+    SCHEMA_BASE,
+    VERSIONS,
     CreditAlert,
+    CreditBalance,
     CreditChanged,
     CreditRejected,
+    schema_id,
 )
 
-SCHEMA_BASE = "https://credit-workers.invalid/schemas/"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _CAUSE = {
@@ -28,6 +30,15 @@ _CAUSE = {
     "generation_id": "g1",
 }
 
+INBOUND: dict[str, type[BaseModel]] = {**GENERATION_TYPES, **BOOKING_TYPES, **ACCOUNT_TYPES}
+OUTBOUND: dict[str, type[BaseModel]] = {
+    CHANGED: CreditChanged,
+    BALANCE: CreditBalance,
+    REJECTED: CreditRejected,
+    ALERT: CreditAlert,
+}
+
+# One realistic message of each type.
 EXAMPLES: dict[str, dict[str, Any]] = {
     "generation.requested": {
         "generation_id": "g1",
@@ -99,6 +110,20 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "occurred_at": "2026-11-21T10:00:00Z",
         "recorded_at": "2026-11-21T10:00:00.012Z",
     },
+    BALANCE: {
+        "account_id": "user:ada",
+        "version": 7,
+        "balance": {
+            "before": 100,
+            "after": 93,
+            "subscription": 0,
+            "purchased": 93,
+            "held": 0,
+            "available": 93,
+            "debt": 0,
+        },
+        "updated_at": "2026-11-21T10:00:00.012Z",
+    },
     REJECTED: {
         "account_id": "user:ada",
         "cause": {**_CAUSE, "type": "generation.requested"},
@@ -119,60 +144,27 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def schema_files() -> dict[str, str]:
-    """Every generated file's text, by its path under `schemas/`."""
-    files = {}
-    inbound: dict[str, type[BaseModel]] = {**GENERATION_TYPES, **BOOKING_TYPES, **ACCOUNT_TYPES}
-    outbound: dict[str, type[BaseModel]] = {
-        CHANGED: CreditChanged,
-        REJECTED: CreditRejected,
-        ALERT: CreditAlert,
-    }
-    for type_, model in {**inbound, **outbound}.items():
-        mode = "validation" if type_ in inbound else "serialization"
+def message_schemas() -> dict[str, dict[str, Any]]:
+    """The schema of every message, by its type."""
+    schemas = {}
+    for type_, model in {**INBOUND, **OUTBOUND}.items():
+        mode = "validation" if type_ in INBOUND else "serialization"
         schema = model.model_json_schema(mode=mode)  # type: ignore[arg-type]  # one of the two literals
-        files[f"events/{type_}.json"] = _render(
-            schema, f"events/{type_}/v1", type_, [EXAMPLES[type_]]
-        )
-    catalogue = Catalogue.model_json_schema(mode="validation")
-    files["catalogue.schema.json"] = _render(catalogue, "catalogue/v1", "The catalogue file", [])
-    return files
+        id_ = schema_id(type_, version_of(type_))
+        schemas[type_] = {**_named(schema, id_, type_), "examples": [EXAMPLES[type_]]}
+    return schemas
 
 
-def write_schemas(folder: Path) -> list[Path]:
-    """Write every schema under `folder`. Returns the files that changed."""
-    written = []
-    for name, text in schema_files().items():
-        path = folder / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            written.append(path)
-    return written
+def catalogue_schema() -> dict[str, Any]:
+    """The schema of the catalogue file."""
+    schema = Catalogue.model_json_schema(mode="validation")
+    return _named(schema, f"{SCHEMA_BASE}catalogue/v1", "The catalogue file")
 
 
-def check_schemas(folder: Path) -> list[str]:
-    """A sentence for each file that does not say what the models say; empty when all do."""
-    differences = []
-    files = schema_files()
-    for name, text in files.items():
-        path = folder / name
-        if not path.is_file():
-            differences.append(f"{name} is missing: run `credits schemas`")
-        elif path.read_text(encoding="utf-8") != text:
-            differences.append(
-                f"{name} differs from the models: run `credits schemas` and look at the difference"
-            )
-    differences += [
-        f"events/{path.name} is of no message any more: remove it"
-        for path in sorted((folder / "events").glob("*.json"))
-        if f"events/{path.name}" not in files
-    ]
-    return differences
+def version_of(type_: str) -> int:
+    """The version of a message that this release speaks. Of inbound messages there is only the first."""
+    return VERSIONS.get(type_, 1)
 
 
-def _render(schema: dict[str, Any], id_: str, title: str, examples: list[dict[str, Any]]) -> str:
-    whole = {"$schema": DIALECT, "$id": SCHEMA_BASE + id_, **schema, "title": title}
-    if examples:
-        whole["examples"] = examples
-    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+def _named(schema: dict[str, Any], id_: str, title: str) -> dict[str, Any]:
+    return {"$schema": DIALECT, "$id": id_, **schema, "title": title}

@@ -16,7 +16,7 @@ from workers.sources.understood import Ignored
 Model = TypeVar("Model", bound=BaseModel)
 
 # Nobody but Stripe, through the signed topic, may speak of these; nobody may send us our own.
-OTHERS_TYPES = frozenset({"credit.changed", "credit.rejected", "credit.alert"})
+OTHERS_TYPES = frozenset({"credit.changed", "credit.balance", "credit.rejected", "credit.alert"})
 STRIPE_PREFIXES = (
     "checkout.session.",
     "invoice.",
