@@ -1,5 +1,5 @@
 #!/bin/sh
-# Publish one event from a shell, with kcat or Kafka's own console producer, whichever is there.
+# Publish one event from a shell, with kcat or else Kafka's own console producer (4.2 or newer).
 #
 #   publish.sh TOPIC KEY TYPE IDEMPOTENCY-KEY DATA
 #   publish.sh account.events ada credits.granted case-4711 \
