@@ -80,16 +80,20 @@ def _run(*command: str, folder: Path = EXAMPLES) -> subprocess.CompletedProcess[
 
 def surroundings(world: World, **told: str) -> dict[str, str]:
     """The environment of a program that stands beside this deployment and is told nothing else of it."""
-    inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
-    return {
-        **inherited,
+    of_deployment = {
         "CREDITS_HOME": "/nonexistent",
         "CREDITS_KAFKA_BOOTSTRAP": world.settings.kafka_bootstrap or "",
-        "CREDITS_HTTP_URL": str(world.http.base_url).rstrip("/"),
+        "CREDITS_HTTP_URL": str(world.http.base_url),
         "CREDITS_READ_TOKEN": READER,
         "CREDITS_TOPIC_PREFIX": world.settings.topic_prefix,
-        **told,
     }
+    return only(**of_deployment | told)
+
+
+def only(**told: str) -> dict[str, str]:
+    """The environment of a program that is told this of the product, and nothing else."""
+    inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
+    return {**inherited, **told}
 
 
 class Program:

@@ -12,15 +12,27 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewTopic
-from tests.system.world import ACCOUNT, BOOKING, CHANGED, GENERATION, Arrived, World, eventually
+from tests.system.world import (
+    ACCOUNT,
+    BOOKING,
+    CHANGED,
+    GENERATION,
+    READER,
+    Arrived,
+    World,
+    eventually,
+)
 
-from .kit import Command, Program, node, python, surroundings
+from workers.up.stack_file import Stack, write_stack
+
+from .kit import Command, Program, node, only, python, surroundings
 
 WORLD = {"partitions": 3}
 TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
@@ -370,14 +382,35 @@ async def test_a_gap_is_mended_with_what_the_ledger_has(
 
 
 async def test_a_projection_is_rebuilt_from_the_latest_states_alone(
-    world: World, projection: Projection, database_url: str, table: asyncpg.Connection
+    world: World,
+    projection: Projection,
+    database_url: str,
+    table: asyncpg.Connection,
+    tmp_path: Path,
 ) -> None:
-    """What `credit.balance` has is the whole ledger; and who follows afterwards misses nothing."""
+    """What `credit.balance` has is the whole ledger; and who follows afterwards misses nothing.
+
+    The projection is told where everything is by the file that a running stack writes.
+    """
     life = Life(world, random.Random(SEED))
     await life.begin()
     await life.go_on(until=300)
     await life.end()
-    environment = beside(world, database_url)
+    stack = Stack(
+        database_url=database_url,
+        kafka_bootstrap=world.settings.kafka_bootstrap or "",
+        http_url=str(world.http.base_url),
+        read_token=READER,
+        admin_token="",
+        stripe_webhook_secret="",
+        pids={},
+    )
+    write_stack(tmp_path, stack)
+    environment = only(
+        CREDITS_HOME=str(tmp_path),
+        CREDITS_TOPIC_PREFIX=world.settings.topic_prefix,
+        PROJECTION_INSTANCE="first",
+    )
 
     async def rebuilt() -> bool:
         program = await Program.start((*projection.command, "rebuild"), environment, world.news)
