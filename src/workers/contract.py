@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from workers.catalogue_file import CatalogueFile
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, Late
 from workers.messages.asyncapi import asyncapi
@@ -137,7 +138,10 @@ def _openapi() -> dict[str, Any]:
         return
 
     return create_app(
-        settings, database=Late("postgresql", nobody, nothing), broker=Broker(settings)
+        settings,
+        database=Late("postgresql", nobody, nothing),
+        broker=Broker(settings),
+        catalogue=CatalogueFile(None),
     ).openapi()
 
 

@@ -21,6 +21,8 @@ def test_code_in_a_guide_stands_in_an_example(guide: Path) -> None:
     )
     assert blocks
     for language, code in blocks:
+        if language == "json":
+            continue  # a message, which the contract's tests look at
         sources = [
             path.read_text(encoding="utf-8") for path in EXAMPLES.glob(f"*/*{SUFFIXES[language]}")
         ]

@@ -9,31 +9,16 @@ from typing import Any, get_args
 
 import jsonschema_rs
 import pytest
-<<<<<<< HEAD
-from pydantic import BaseModel
-from tests.ledger.broken_catalogues import BROKEN
-
-from workers.ledger.catalogue import DEFAULT_CATALOGUE
-from workers.messages.inbound import (
-    ACCOUNT_TYPES,
-    ACCOUNT_TYPES_TO_COME,
-    BOOKING_TYPES,
-    CONTRACT_TYPES,
-    GENERATION_TYPES,
-)
-from workers.messages.outbound import CreditAlert, CreditChanged, CreditRejected
-from workers.messages.schemas import EXAMPLES, check_schemas, schema_files, write_schemas
-=======
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.ledger.broken_catalogues import BROKEN
 
 from workers.contract import check_contract, contract_files, write_contract
-from workers.ledger.catalogue import CREDITS_MAX, DEFAULT_CATALOGUE, parse_catalogue
+from workers.ledger.catalogue import CREDITS_MAX, DEFAULT_CATALOGUE
 from workers.ledger.outcomes import Reason
 from workers.messages.inbound import ACCOUNT_TYPES_TO_COME, CONTRACT_TYPES
 from workers.messages.schemas import EXAMPLES, INBOUND, OUTBOUND
->>>>>>> h-contract
 from workers.store.migrations import schemas_folder
 from workers.topics import TOPICS
 
@@ -119,7 +104,6 @@ def test_writing_the_contract_changes_only_what_differs(tmp_path: Path) -> None:
     assert [tmp_path / "events" / "user.linked.json"] == write_contract(tmp_path)
 
 
-<<<<<<< HEAD
 def allows(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
     """Whether a schema allows a value: as much of JSON Schema as ours says, and nothing else may be said."""
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "null": type(None)}
@@ -144,14 +128,8 @@ def allows(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
     silent |= {"properties", "patternProperties"}  # they are looked into with additionalProperties
     assert schema.keys() <= checks.keys() | silent
     return all(checks[name](schema[name]) for name in checks if name in schema)
-=======
-def test_the_built_in_catalogue_is_of_its_schema() -> None:
-    """The catalogue's schema knows every key that the built-in catalogue uses, and refuses unknown ones."""
-    schema = json.loads(contract_files()["catalogue.schema.json"])
->>>>>>> h-contract
 
 
-<<<<<<< HEAD
 def allowed_key(
     schema: dict[str, Any], name: str, value: Any, other: Any, whole: dict[str, Any]
 ) -> bool:
@@ -164,7 +142,7 @@ def allowed_key(
     return bool(other) and (other is True or allows(other, value, whole))
 
 
-CATALOGUE = json.loads(schema_files()["catalogue.schema.json"])
+CATALOGUE = json.loads(contract_files()["catalogue.schema.json"])
 # What no schema can say, because it is about two places of a file; and what is no document at all.
 BEYOND = ("tier that nobody", "misspelt tier", "one price", "roll over")
 DOCUMENTS = {
@@ -204,9 +182,6 @@ def test_an_editor_can_explain_every_key_of_a_catalogue() -> None:
         for name, schema in part["properties"].items():
             referred = CATALOGUE["$defs"].get(schema.get("$ref", "").rpartition("/")[2], {})
             assert {**referred, **schema}.get("description"), name
-=======
-    assert catalogue.model_fields_set <= schema["properties"].keys()
-    assert schema["additionalProperties"] is False
 
 
 # -- the schema and the model are one ------------------------------------------------------------------------------
@@ -307,4 +282,3 @@ def test_every_reason_is_in_the_schema(reason: str) -> None:
     assert validator("credit.rejected").is_valid(
         {**EXAMPLES["credit.rejected"], "reason": reason, "account_id": None}
     )
->>>>>>> h-contract

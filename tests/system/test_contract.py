@@ -12,10 +12,9 @@ from cloudevents.core.v1.event import CloudEvent
 
 from workers.messages.schemas import message_schemas
 
-from .world import ACCOUNT, ALERT, CHANGED, GENERATION, REJECTED, Arrived, World
+from .world import ACCOUNT, ALERT, BALANCE, CHANGED, GENERATION, REJECTED, Arrived, World
 
 WORLD = {"partitions": 2}
-BALANCE = "credit.balance"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SCHEMAS = {
     type_: jsonschema_rs.Draft202012Validator(schema) for type_, schema in message_schemas().items()

@@ -59,6 +59,7 @@ BOOKING, GENERATION, ACCOUNT, STRIPE = (
     "stripe.webhook",
 )
 CHANGED, REJECTED, ALERT = "credit.changed", "credit.rejected", "credit.alert"
+BALANCE = "credit.balance"
 
 _listening: ContextVar["Logs | None"] = ContextVar("_listening", default=None)
 
@@ -866,6 +867,18 @@ class World:
             )
         )
         assert set(published) <= recorded
+        newest: dict[str, int] = defaultdict(int)
+        for account, version in recorded:
+            newest[account] = max(newest[account], version)
+        await self.until(lambda: self._told_up_to(newest))
+
+    def _told_up_to(self, newest: dict[str, int]) -> bool:
+        """Whether a newcomer knows each account from the states alone, at this version or a later one."""
+        states: dict[str, int] = defaultdict(int)
+        for one in self.arrived[BALANCE]:
+            account = one.data["account_id"]
+            states[account] = max(states[account], one.data["version"])
+        return all(states[account] >= version for account, version in newest.items())
 
 
 TABLES = (

@@ -68,7 +68,10 @@ class _Differences:
         for name in sorted((given.keys() | taken.keys()) - plain):
             # To say less is harmless: who reads takes more, who publishes promised more.
             if name in taken and given.get(name) != taken[name]:
-                yield f"{at}: {name} was {before.get(name)!r} and is {after.get(name)!r}"
+                yield (
+                    f"{at}: {name} was {before.get(name)!r} and is {after.get(name)!r} "
+                    "(if you can show that it breaks nobody, change it in released.json by hand)"
+                )
         if self._inbound and before.get("default") != after.get("default"):
             yield f"{at}: the default was {before.get('default')!r} and is {after.get('default')!r}"
         yield from self._members(before, after, path)

@@ -1,0 +1,1 @@
+"""The contract as others hold it: the parser, the command, the guides."""
