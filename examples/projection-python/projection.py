@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import asyncpg
 import httpx
@@ -69,7 +70,7 @@ async def apply(database: asyncpg.Connection, api: httpx.AsyncClient, change: di
     )
     await keep(database, change)
     if version > (known or 0) + 1:  # we missed something: the ledger knows
-        answer = await api.get(f"/v1/accounts/{account}")
+        answer = await api.get(f"/v1/accounts/{quote(account, safe='')}")
         await keep(database, answer.raise_for_status().json())
         print(f"{account}: mended a gap before version {version}", flush=True)
 

@@ -63,7 +63,8 @@ async function apply(database: postgres.ISql<{}>, change: State): Promise<void> 
   await keep(database, change)
   if (version > Number(known?.version ?? 0) + 1) {
     // We missed something: the ledger knows.
-    const answer = await fetch(`${api}/v1/accounts/${account}`, { headers: { authorization: `Bearer ${token}` } })
+    const address = `${api}/v1/accounts/${encodeURIComponent(account)}`
+    const answer = await fetch(address, { headers: { authorization: `Bearer ${token}` } })
     if (!answer.ok) throw new Error(`the ledger answered ${answer.status}`)
     await keep(database, (await answer.json()) as State)
     console.log(`${account}: mended a gap before version ${version}`)
