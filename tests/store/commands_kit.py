@@ -536,7 +536,7 @@ INSERT INTO entries (account_id, version, entry_id, transaction_id, kind, subscr
                      debt_delta, balance_before, balance_after, subscription_after, purchased_after, held_after, debt_after,
                      allocation, cause, occurred_at, recorded_at, previous_hash, hash)
     SELECT 'user:u' || i, 1, gen_random_uuid(), gen_random_uuid(), 'purchase', 0, 100, 4, 0, 0, 100, 0, 100, 4, 0, '[]', '{{}}',
-           now(), now(), '', sha256(i::text::bytea)
+           now(), now() - i * interval '1 minute', '', sha256(i::text::bytea)
     FROM generate_series(1, {size}) i;
 INSERT INTO accounts (account_id, purchased, held, version, chain_hash, allocate_at)
     SELECT 'user:u' || i, 100, 4, 1, sha256(i::text::bytea),
@@ -573,10 +573,18 @@ INSERT INTO bookings (booking_id, client_account, practitioner_account, state, c
     SELECT 'b' || i, 'user:u' || i, 'user:p' || i, 'booked', 5, now() FROM generate_series(1, {size}) i;
 INSERT INTO commands (scope, type, key, fingerprint, outcome, transaction_id, recorded_at)
     SELECT 'tests', 'x', 'k' || i, '', 'applied', gen_random_uuid(), now() FROM generate_series(1, {size}) i;
+INSERT INTO commands (scope, type, key, fingerprint, outcome, reason, account_id, transaction_id, recorded_at)
+    SELECT 'tests', 'x', 'r' || i, '', 'rejected', 'daily_limit', 'user:u' || i, gen_random_uuid(),
+           now() - i * interval '1 minute'
+    FROM generate_series(1, {size}) i;
+INSERT INTO activity SELECT 'user:u' || i, date_trunc('hour', now()) - n * interval '1 hour', 9, 0, 0
+    FROM generate_series(1, {size}) i, generate_series(1, 3) n;
+INSERT INTO unusual SELECT 'user:u' || i, 'many_grants', now(), now() + i * interval '1 minute'
+    FROM generate_series(1, {size}) i;
 """
 # All tables of a crowd that may be emptied at once: to delete so many accounts one by one takes minutes.
 CROWDED = """accounts, lots, allocations, generations, purchases, payments, refunds, disputes, identities, subscriptions,
-             usage_days, bookings, commands"""
+             usage_days, bookings, commands, activity, unusual"""
 Analysed = Literal["never", "when empty", "when full"]
 
 

@@ -384,6 +384,15 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
         "merge_identities": (accounts, elsewhere),
         "forward_merged": (accounts, elsewhere, now),
         "find_due_accounts": (500, []),
+        "claim_patrol": (0.0, 0.0),
+        "find_patrol_end": (now - timedelta(days=999), now, count),
+        "count_activity": (now - timedelta(minutes=count + 1), now, now - timedelta(days=1), 1, 1, 1),
+        "load_past": (accounts, times, 168),
+        "load_unusual": (accounts,),
+        "write_unusual": (accounts, ["many_grants"] * count, times, times),
+        "forget_unusual": (now + timedelta(days=999), count),
+        "forget_activity": (now, count),
+        "move_patrol": (now,),
     }  # fmt: skip
 
 
