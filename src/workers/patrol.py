@@ -55,7 +55,14 @@ async def run_patrol(
     ids = new_ids()
     while True:
         try:
-            while (report := await patrol(pool, thresholds(), ids)) is not None:
+            while report := await patrol(
+                pool,
+                thresholds(),
+                ids,
+                every_seconds=PATROL_SECONDS,
+                lag_seconds=LAG_SECONDS,
+                rows_max=ROWS_MAX,
+            ):
                 if report.published:
                     on_published(report)
         except Exception as error:
@@ -73,9 +80,9 @@ async def patrol(
     thresholds: Alerts,
     ids: Iterator[UUID],
     *,
-    every_seconds: float = PATROL_SECONDS,
-    lag_seconds: float = LAG_SECONDS,
-    rows_max: int = ROWS_MAX,
+    every_seconds: float,
+    lag_seconds: float,
+    rows_max: int,
 ) -> Report | None:
     """One round; None when another worker has it, or had it less than `every_seconds` ago.
 

@@ -14,7 +14,7 @@ import pytest
 
 from workers.batch import Ledger
 from workers.ledger.catalogue import Alerts
-from workers.patrol import patrol
+from workers.patrol import LAG_SECONDS, PATROL_SECONDS, patrol, run_patrol
 from workers.store.database import open_pool
 from workers.store.ids import new_ids
 from workers.store.sql import SQL
@@ -60,11 +60,21 @@ async def pool(owner: asyncpg.Connection, database_url: str) -> AsyncIterator[as
 
 
 async def counted(
-    pool: asyncpg.Pool, thresholds: Alerts = THRESHOLDS, *, rows_max: int = 1000
+    pool: asyncpg.Pool,
+    thresholds: Alerts = THRESHOLDS,
+    *,
+    every_seconds: float = 0,
+    lag_seconds: float = 0,
+    rows_max: int = 1000,
 ) -> int | None:
     """A round that reads all that is recorded; how many alerts it published."""
     report = await patrol(
-        pool, thresholds, new_ids(), every_seconds=0, lag_seconds=0, rows_max=rows_max
+        pool,
+        thresholds,
+        new_ids(),
+        every_seconds=every_seconds,
+        lag_seconds=lag_seconds,
+        rows_max=rows_max,
     )
     return report.published if report else None
 
@@ -196,7 +206,7 @@ async def test_a_transaction_that_commits_late_is_not_passed_over(
             " gen_random_uuid(), clock_timestamp() - interval '19 s')"
         )
 
-        await patrol(pool, THRESHOLDS, new_ids(), every_seconds=0)
+        await counted(pool, lag_seconds=LAG_SECONDS)
         await transaction.commit()
 
     lag = await pool.fetchval("SELECT clock_timestamp() - read_until FROM patrol")
@@ -373,10 +383,10 @@ async def test_nobody_counts_again_too_soon(
     """However many workers there are, one of them counts every ten seconds, and the rest leave it alone."""
     await misbehave(ledger, owner)
 
-    assert await patrol(pool, THRESHOLDS, new_ids(), lag_seconds=0) is not None
-    assert await patrol(pool, THRESHOLDS, new_ids(), lag_seconds=0) is None
+    assert await counted(pool, every_seconds=PATROL_SECONDS) is not None
+    assert await counted(pool, every_seconds=PATROL_SECONDS) is None
     await owner.execute("UPDATE patrol SET read_until = read_until - interval '10 s'")
-    assert await patrol(pool, THRESHOLDS, new_ids(), lag_seconds=0) is not None
+    assert await counted(pool, every_seconds=PATROL_SECONDS) is not None
 
 
 STATEMENTS = [
@@ -445,3 +455,31 @@ async def test_a_worker_may_count_and_nothing_more(
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await pool.execute(statement)
     assert await owner.fetchval("SELECT count(*) FROM patrol") == 1
+
+
+async def test_a_patrol_that_fails_goes_on(
+    ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it stumbles over, the worker beside it goes on spending, and the next round tells what was not told."""
+    monkeypatch.setattr("workers.patrol.PATROL_SECONDS", 0.01)
+    monkeypatch.setattr("workers.patrol.LAG_SECONDS", 0.0)
+    await misbehave(ledger, owner)
+    errors = [
+        RuntimeError("a fault of ours"),
+        asyncpg.ConnectionDoesNotExistError("a lost connection"),
+    ]
+    published: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def thresholds() -> Alerts:
+        if errors:
+            raise errors.pop()
+        return THRESHOLDS
+
+    patrolling = asyncio.create_task(
+        run_patrol(pool, thresholds, lambda report: published.set_result(report.published))
+    )
+    await asyncio.wait({patrolling, published}, return_when=asyncio.FIRST_COMPLETED)
+    patrolling.cancel()
+
+    assert published.result() == 3
+    assert await codes(owner) == EACH_ONCE
