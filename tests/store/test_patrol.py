@@ -177,8 +177,11 @@ async def test_a_round_is_bounded_and_the_next_goes_on(
     ledger: Ledger, pool: asyncpg.Pool, owner: asyncpg.Connection, rows_max: int
 ) -> None:
     """So many rows, or those of one moment, are read at once; rounds go on until all is read, and nothing twice."""
+    for _ in range(9):
+        await ledger.apply([grant("ann", 10)])
     for number in range(9):
-        await ledger.apply([grant("ann", 10), book(f"b{number}", "ann", "bob", 10**9)])
+        await ledger.apply([book(f"b{number}", "ann", "bob", 10**9)])
+    await ledger.apply([grant("ann", 10)])
     before = await pool.fetchval("SELECT max(recorded_at) FROM entries")
 
     rounds, read_until = 0, None
@@ -186,11 +189,10 @@ async def test_a_round_is_bounded_and_the_next_goes_on(
         await counted(pool, rows_max=rows_max)
         rounds += 1
         read_until = await owner.fetchval("SELECT read_until FROM patrol")
-        spent = (await hours(owner))["ann"]
-        assert max(spent) <= rounds * rows_max
+        assert max((await hours(owner))["ann"]) <= rounds * rows_max
 
-    assert rounds >= 9 // rows_max
-    assert await hours(owner) == {"ann": (0, 9, 9)}
+    assert rounds >= 10 // rows_max
+    assert await hours(owner) == {"ann": (0, 9, 10)}
 
 
 async def test_a_transaction_that_commits_late_is_not_passed_over(
