@@ -93,7 +93,7 @@ async def patrol(
         claimed = await connection.fetchrow(SQL["claim_patrol"], lag_seconds, every_seconds)
         if claimed is None:
             return None
-        read_until, judged_from, now = claimed
+        read_until, judged_from, now, _ = claimed
         latest = now - timedelta(seconds=lag_seconds)
         end = await connection.fetchval(SQL["find_patrol_end"], read_until, latest, rows_max)
         hours = await _count(connection, read_until, end, judged_from, thresholds)

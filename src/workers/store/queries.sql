@@ -425,13 +425,13 @@ LIMIT $1;
 
 -- name: claim_patrol
 -- One worker counts at a time, and once in a while: the rest find the row locked, or read not long ago. Not up to now: what
--- a transaction recorded that is still open would be passed over.
-SELECT read_until, judged_from, clock_timestamp() AS now FROM patrol
+-- a transaction recorded that is still open would be passed over. For the rest of this transaction what is ordered is read in
+-- the order of its index: a planner that thinks the rows few would rather read all of them, sort, and keep the first.
+SELECT read_until, judged_from, clock_timestamp() AS now, set_config('enable_sort', 'off', true) FROM patrol
 WHERE read_until <= clock_timestamp() - make_interval(secs => $1::float8 + $2::float8) FOR UPDATE SKIP LOCKED;
 
 -- name: find_patrol_end
--- How far so many rows reach; all that was recorded at one moment is counted at once. No upper bound where the rows are
--- looked up: as a range they would be thought few, and sorted instead of read in order. Only a rejection has a reason.
+-- How far so many rows reach; all that was recorded at one moment is counted at once. Only a rejection has a reason.
 SELECT least($2::timestamptz,
     (SELECT recorded_at FROM entries WHERE balance_before <> balance_after AND recorded_at > $1
      ORDER BY recorded_at OFFSET $3::bigint - 1 LIMIT 1),
