@@ -1,4 +1,4 @@
-"""The worker process: consumer, relay, clock and parked messages around one ledger, started and stopped as one.
+"""The worker process: consumer, relay, clock, patrol and parked messages around one ledger, started and stopped as one.
 
 A part that fails for a reason that is our own fault stops the process with that error; whoever supervises it
 starts it again. SIGTERM and SIGINT end it in order: no new records, the batch in flight, the relay, the pool.
@@ -25,6 +25,7 @@ from workers.clock import run_clock
 from workers.consumer import Consumer, observe
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
+from workers.patrol import run_patrol
 from workers.probes import serve_probes
 from workers.relay import Relay
 from workers.settings import Settings, require
@@ -96,6 +97,9 @@ class Worker:
         runs = {
             "relay": self._relay.run(),
             "clock": run_clock(self._ledger, self._applied),
+            "patrol": run_patrol(
+                self._pool, lambda: self._catalogue_file.catalogue.alerts, self._applied
+            ),
             "parked": self._apply_parked(),
             "heartbeat": self._beat(),
         }

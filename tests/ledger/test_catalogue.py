@@ -52,7 +52,10 @@ def test_the_default_catalogue_is_the_contracts() -> None:
     assert (monthly.allocation, yearly.allocation, yearly.credits) == ("period", "monthly", 800)
     assert (catalogue.packs["small"].credits, catalogue.packs["small"].expires_days) == (100, None)
     assert (catalogue.packs["promo"].credits, catalogue.packs["promo"].expires_days) == (50, 90)
-    assert catalogue.alerts.low_balance == 20
+    alerts = catalogue.alerts
+    assert alerts.low_balance == 20
+    assert (alerts.spend_rate_times, alerts.spend_rate_credits_min) == (10, 200)
+    assert (alerts.rejections_per_hour, alerts.grants_per_hour) == (50, 20)
     assert catalogue.renewal_grace_seconds == 2 * 86_400
 
 

@@ -14,6 +14,7 @@ import pytest
 from workers.batch import Ledger
 from workers.ledger.model import Kind
 from workers.ledger.outcomes import Reason
+from workers.ledger.patterns import Pattern
 from workers.messages.record import DeadReason
 from workers.store.database import connect, open_pool
 
@@ -35,6 +36,8 @@ INSERT INTO stripe_objects VALUES ('invoices/in_1', '{}', now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
 INSERT INTO members VALUES ('o1', 'ann');
 INSERT INTO heartbeats VALUES (gen_random_uuid(), 1, '{}', now(), now());
+INSERT INTO activity VALUES ('user:ann', '2026-11-21T12:00:00Z', 1, 0, 0);
+INSERT INTO unusual VALUES ('user:ann', 'many_grants', '2026-11-21T12:00:00Z', '2026-11-21T13:00:00Z');
 """
 
 ANN = "account_id = 'user:ann'"
@@ -136,6 +139,14 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "outbox_pkey": ("outbox", "true", {}),
     "outbox_dead_letter_id_fkey": ("outbox", "true", {"sequence": -1, "dead_letter_id": -1}),
     "heartbeats_pkey": ("heartbeats", "true", {}),
+    "activity_pkey": ("activity", "true", {}),
+    "activity_rejected_check": ("activity", "true", {"rejected": -1}),
+    "activity_granted_check": ("activity", "true", {"granted": -1}),
+    "unusual_pkey": ("unusual", "true", {}),
+    "unusual_code_check": ("unusual", "true", {"code": "gift"}),
+    "since_comes_first": ("unusual", "true", {"last_hour": "2026-11-21T11:00:00Z"}),
+    "patrol_pkey": ("patrol", "true", {}),
+    "patrol_single_check": ("patrol", "true", {"single": False}),
 }  # fmt: skip
 
 
@@ -230,13 +241,14 @@ async def test_every_domain_takes_what_it_means_and_nothing_else(
         ("entries", FIRST, "kind", get_args(Kind)),
         ("commands", "outcome = 'rejected'", "reason", get_args(Reason)),
         ("dead_letters", "true", "reason", get_args(DeadReason)),
+        ("unusual", "true", "code", get_args(Pattern)),
     ],
 )
 async def test_closed_sets_are_the_same_in_the_ledger_and_the_database(
     books: asyncpg.Connection, table: str, where: str, column: str, values: tuple[str, ...]
 ) -> None:
     """What the code may write the database takes, and it takes nothing that the code does not know."""
-    keys = {"entries": {"account_id": "user:new"}, "commands": {"key": "new"}, "dead_letters": {"dead_letter_id": -1, "kafka_offset": -1}}  # fmt: skip
+    keys = {"entries": {"account_id": "user:new"}, "commands": {"key": "new"}, "dead_letters": {"dead_letter_id": -1, "kafka_offset": -1}, "unusual": {"account_id": "user:new"}}  # fmt: skip
     definition = await books.fetchval(
         """SELECT pg_get_constraintdef(oid) FROM pg_constraint
            WHERE conrelid = $1::text::regclass AND contype = 'c' AND pg_get_constraintdef(oid) ~ ('\\(' || $2::text || ' = ANY')""",

@@ -11,9 +11,12 @@ import asyncpg
 import pytest
 
 from workers.batch import Ledger
+from workers.ledger.catalogue import Alerts
 from workers.ledger.commands import Action, AsOf, RecordSubscription
 from workers.ledger.model import add_months
+from workers.patrol import patrol
 from workers.store.database import open_pool
+from workers.store.ids import new_ids
 from workers.store.set_aside import Work
 
 from .commands_kit import START, Books, InMemory, give_back, memory, pay
@@ -157,6 +160,35 @@ async def test_settling_a_hundred_accounts_costs_as_much_as_settling_one(
 
         assert report is not None
         assert report.entries == units
+
+    assert costs[1] == costs[2]
+
+
+async def test_a_patrol_of_a_hundred_accounts_costs_as_much_as_one_of_one(
+    database_url: str,
+) -> None:
+    """Unusual patterns are counted, judged and told by set, however many accounts show them."""
+    costs = []
+    async with (
+        proxy_to(database_url) as proxy,
+        await open_pool(proxy.url, size_max=1, name="tests") as pool,
+    ):
+        ledger = ledger_over(pool)
+        for units, name in ((1, "a"), (1, "b"), (100, "c")):
+            await ledger.apply([grant(f"{name}{number}", 1) for number in range(units)])
+            proxy.forget()
+            report = await patrol(
+                pool,
+                Alerts(grants_per_hour=1),
+                new_ids(),
+                every_seconds=0,
+                lag_seconds=0,
+                rows_max=1000,
+            )
+            costs.append((list(proxy.statements), proxy.round_trips))
+
+            assert report is not None
+            assert report.published == units
 
     assert costs[1] == costs[2]
 

@@ -27,6 +27,7 @@ PROBLEMS_MAX = 100
 
 Credits = Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX)]
 CreditsOrNone = Annotated[int, Field(strict=True, ge=0, le=CREDITS_MAX)]
+Count = Annotated[int, Field(strict=True, ge=0, le=CREDITS_MAX)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Model = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
 PriceId = Annotated[str, Field(pattern=r"^[!-~]{1,255}$")]
@@ -148,6 +149,24 @@ class Alerts(_Part):
     low_balance: Annotated[
         CreditsOrNone, Field(description="Tell when fewer credits are available. 0: never.")
     ] = 0
+    spend_rate_times: Annotated[
+        Count,
+        Field(
+            description="Tell when an hour's spending is so many times the average hour of the week before. 0: never."
+        ),
+    ] = 10
+    spend_rate_credits_min: Annotated[
+        CreditsOrNone,
+        Field(description="An hour in which fewer credits are spent is never unusual."),
+    ] = 200
+    rejections_per_hour: Annotated[
+        Count,
+        Field(description="Tell when so many commands were rejected within an hour. 0: never."),
+    ] = 50
+    grants_per_hour: Annotated[
+        Count,
+        Field(description="Tell when credits were granted so often within an hour. 0: never."),
+    ] = 20
 
 
 class Catalogue(_Part):
@@ -368,6 +387,10 @@ _MENDS = {
     "models": 'write models = { "flux-pro" = 6 }',
     "hold_seconds": _whole(1, HOLD_SECONDS_MAX),
     "low_balance": _whole(0),
+    "spend_rate_times": _whole(0),
+    "spend_rate_credits_min": _whole(0),
+    "rejections_per_hour": _whole(0),
+    "grants_per_hour": _whole(0),
     "renewal_grace_seconds": _whole(0, RENEWAL_GRACE_SECONDS_MAX),
     "tiers": "write each tier as a table, as [tiers.free]",
     "plans": "write each plan as a table, as [plans.pro_monthly]",

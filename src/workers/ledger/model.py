@@ -472,6 +472,9 @@ class Alert:
         "identity_disagreement",
         "dispute_opened",
         "catalogue_refused",
+        "unusual_spending",
+        "rejection_burst",
+        "many_grants",
     ]
     account_id: str | None
     message: str

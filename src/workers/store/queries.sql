@@ -546,3 +546,78 @@ SELECT account_id FROM (
     WHERE allocate_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
     ORDER BY allocate_at) began
 LIMIT $1;
+
+-- name: claim_patrol
+-- One worker counts at a time, and once in a while: the rest find the row locked, or read not long ago. Not up to now: what
+-- a transaction recorded that is still open would be passed over. For the rest of this transaction what is ordered is read in
+-- the order of its index: a planner that thinks the rows few would rather read all of them, sort, and keep the first.
+SELECT read_until, judged_from, clock_timestamp() AS now, set_config('enable_sort', 'off', true) FROM patrol
+WHERE read_until <= clock_timestamp() - make_interval(secs => $1::float8 + $2::float8) FOR UPDATE SKIP LOCKED;
+
+-- name: find_patrol_end
+-- How far so many rows reach; all that was recorded at one moment is counted at once. Only a rejection has a reason.
+SELECT least($2::timestamptz,
+    (SELECT recorded_at FROM entries WHERE balance_before <> balance_after AND recorded_at > $1
+     ORDER BY recorded_at OFFSET $3::bigint - 1 LIMIT 1),
+    (SELECT recorded_at FROM commands WHERE reason IS NOT NULL AND recorded_at > $1
+     ORDER BY recorded_at OFFSET $3::bigint - 1 LIMIT 1)) AS read_until;
+
+-- name: count_activity
+-- Add what was recorded after one moment and up to another to the hours of its accounts; those that are worth a look now.
+-- Grants are what somebody gave or bought: not the months and periods of a subscription, nor earnings, nor old books.
+WITH counted AS (
+    INSERT INTO activity AS a (account_id, hour, spent, rejected, granted)
+    SELECT account_id, date_trunc('hour', recorded_at, 'UTC'), sum(spent), sum(rejected), sum(granted)
+    FROM (
+        SELECT account_id, recorded_at, 0 AS rejected,
+               CASE WHEN kind IN ('generation_capture', 'generation_debit', 'booking_debit', 'transfer')
+                    THEN greatest(0, -subscription_delta - purchased_delta) ELSE 0 END AS spent,
+               CASE WHEN kind IN ('signup_grant', 'purchase', 'promotion', 'adjustment')
+                         AND subscription_delta + purchased_delta > 0 THEN 1 ELSE 0 END AS granted
+        FROM entries
+        WHERE balance_before <> balance_after AND recorded_at > $1 AND recorded_at <= $2
+        UNION ALL
+        SELECT account_id, recorded_at, 1, 0, 0 FROM commands
+        WHERE reason IS NOT NULL AND recorded_at > $1 AND recorded_at <= $2 AND account_id IS NOT NULL
+    ) recorded
+    WHERE spent + rejected + granted > 0
+    GROUP BY 1, 2
+    ON CONFLICT (account_id, hour) DO UPDATE
+    SET spent = a.spent + excluded.spent, rejected = a.rejected + excluded.rejected, granted = a.granted + excluded.granted
+    RETURNING account_id, hour, spent, rejected, granted
+)
+SELECT account_id, hour, spent, rejected, granted FROM counted
+WHERE hour >= $3 AND (spent >= $4::bigint OR rejected >= $5::bigint OR granted >= $6::bigint);
+
+-- name: load_past
+-- What the accounts of these hours spent in so many hours before, and since when each exists.
+SELECT n.account_id, n.hour, before.spent, coalesce(a.created_at, n.hour) AS created_at
+FROM unnest($1::text[], $2::timestamptz[]) AS n (account_id, hour)
+LEFT JOIN LATERAL (SELECT created_at FROM accounts a WHERE a.account_id = n.account_id OFFSET 0) a ON true
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(p.spent), 0)::bigint AS spent
+    FROM (SELECT * FROM activity WHERE account_id = n.account_id OFFSET 0) p
+    WHERE p.hour >= n.hour - make_interval(hours => $3::int) AND p.hour < n.hour
+) before;
+
+-- name: load_unusual
+-- The patterns that these accounts show already.
+SELECT account_id, code, since, last_hour FROM unusual WHERE account_id = ANY($1::text[]);
+
+-- name: write_unusual
+-- Patterns that began, or last for another hour.
+INSERT INTO unusual (account_id, code, since, last_hour)
+SELECT * FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::timestamptz[])
+ON CONFLICT (account_id, code) DO UPDATE SET since = excluded.since, last_hour = excluded.last_hour;
+
+-- name: forget_unusual
+-- Patterns that are over, so many at once.
+DELETE FROM unusual WHERE ctid = ANY(ARRAY(SELECT ctid FROM unusual WHERE last_hour < $1 ORDER BY last_hour LIMIT $2));
+
+-- name: forget_activity
+-- Hours that are nobody's past any more, so many at once.
+DELETE FROM activity WHERE ctid = ANY(ARRAY(SELECT ctid FROM activity WHERE hour < $1 ORDER BY hour LIMIT $2));
+
+-- name: move_patrol
+-- What was counted is not counted again.
+UPDATE patrol SET read_until = $1;
