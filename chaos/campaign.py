@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -352,7 +353,7 @@ class Campaign:
             database_url=self._servers.database_url, kafka_bootstrap=self._servers.kafka_bootstrap,
             stack="external", topic_prefix=self._prefix, stripe_webhook_secrets=SECRET,
             partitions=PARTITIONS,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     async def _lanes(self, open_: AsyncExitStack) -> list[Lane]:
         database = urlsplit(self._servers.database_url).port or 5432
@@ -389,10 +390,10 @@ class Campaign:
 
 
 @asynccontextmanager
-async def _running(*runs: object) -> AsyncIterator[None]:
+async def _running(*runs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """While it is open these run; one that fails ends us too."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(run) for run in runs]  # type: ignore[arg-type]
+        tasks = [group.create_task(run) for run in runs]
         yield
         for task in tasks:
             task.cancel()

@@ -274,10 +274,10 @@ class _Judge:
             key = _key(row)
             if key.scope == CLOCK:
                 continue
-            command = self._it.commands.get(key)
-            if command is None or command.outcome != "applied":
+            known = self._it.commands.get(key)
+            if known is None or known.outcome != "applied":
                 self._phantom.append(f"{row.account} {row.version}")
-                outcome = command.outcome if command else "unknown"
+                outcome = known.outcome if known else "unknown"
                 yield f"version {row.version} of {row.account} has a cause that was not applied: {key} ({outcome})"
             elif row.place is not None:
                 number = self._it.inputs.get(Place(*row.place))
@@ -438,12 +438,18 @@ class _Judge:
             if told[at] != recorded[at]:
                 yield f"version {at[1]} of {at[0]} was told otherwise than it is recorded"
         yield from self._published_refusals()
+        yield from self._published_letters()
+        yield from self._published_states()
+
+    def _published_letters(self) -> Iterator[str]:
         letters = {one.id for found in self._it.dead.values() for one in found}
         if letters != set(self._it.dead_told):
             yield f"{len(letters ^ set(self._it.dead_told))} dead letters are only told, or only recorded"
         self._counts["dead letters told again"] = sum(self._it.dead_told.values()) - len(
             self._it.dead_told
         )
+
+    def _published_states(self) -> Iterator[str]:
         for account, (version, _, _) in self._it.accounts.items():
             if version and self._it.balances.get(account) != version:
                 yield f"credit.balance leaves {account} at version {self._it.balances.get(account)}, not {version}"

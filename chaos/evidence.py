@@ -14,7 +14,8 @@ import orjson
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from chaos.checker import Command, Dead, Evidence, Told, told_digest
-from chaos.history import Key, Place, Told as History
+from chaos.history import Key, Place
+from chaos.history import Told as History
 from chaos.model import Row
 from chaos.workload import NUMBER
 from workers.operations.audit import audit
@@ -194,7 +195,7 @@ async def _snapshot(database_url: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _row(row: Mapping[str, Any]) -> Row:
+def _row(row: asyncpg.Record) -> Row:
     place = (row["topic"], row["partition"], row["kafka_offset"]) if row["topic"] else None
     return Row(
         account=row["account_id"],
@@ -221,7 +222,7 @@ def _row(row: Mapping[str, Any]) -> Row:
     )
 
 
-def leaks(logs: Path, secrets: Mapping[str, str], dead: int = 0) -> list[str]:
+def leaks(logs: Path, secrets: Mapping[str, str]) -> list[str]:
     """Where a worker said something that it must not: planted words, passwords, signing secrets."""
     found = []
     pattern = re.compile("|".join(re.escape(secret) for secret in secrets.values()).encode())
@@ -271,7 +272,9 @@ class Fingerprint:
         ]
         for table, before in self.by_account.items():
             after = later.by_account[table]
-            for account in sorted((before.keys() | after.keys()) - by_time):
-                if before.get(account) != after.get(account):
-                    found.append(f"a replay changed {table} of {account}")
+            found += [
+                f"a replay changed {table} of {account}"
+                for account in sorted((before.keys() | after.keys()) - by_time)
+                if before.get(account) != after.get(account)
+            ]
         return found

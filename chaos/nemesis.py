@@ -293,7 +293,7 @@ class Nemesis:
         return self._random.choice(pids)["pid"] if pids else None
 
     async def _kill_backend(self, fault: Fault) -> None:
-        """kill -9 of one: PostgreSQL ends all others and recovers."""
+        """Kill -9 of one: PostgreSQL ends all others and recovers."""
         async with self._database:
             pid = await self._backend()
             if pid is None or psutil.Process(pid).ppid() != self._servers.postgres_pid:

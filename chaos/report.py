@@ -134,14 +134,20 @@ def document(report: dict[str, Any], mutants: str = NO_MUTANTS) -> str:
         "",
         "For any sequence of crashes of workers, broker, database and network whose disks survive:",
         "",
-        "1. **Effect.** An event that Kafka acknowledged changes balances exactly once, or is recorded as refused, set aside"
-        " or ignored, with its reason (K1, K2).",
+        (
+            "1. **Effect.** An event that Kafka acknowledged changes balances exactly once, or is recorded as refused, set aside"
+            " or ignored, with its reason (K1, K2)."
+        ),
         "2. **Atomicity.** Balance, entries, key and message commit together or not at all (K3, K9).",
-        "3. **Output.** `credit.changed` comes at least once, in version order for each account, with the same id at every"
-        " repeat; what was told is what is recorded (K6, K7).",
+        (
+            "3. **Output.** `credit.changed` comes at least once, in version order for each account, with the same id at every"
+            " repeat; what was told is what is recorded (K6, K7)."
+        ),
         "4. **Replay.** Reading any topic again from its beginning changes nothing (K10).",
-        "5. **Recovery.** After the last fault is over everything is worked off without anybody's help. Measured here:"
-        f" half of the rounds within {recovery['p50']} s, the slowest {recovery['max']} s; the campaign fails at 120 s (K12).",
+        (
+            "5. **Recovery.** After the last fault is over everything is worked off without anybody's help. Measured here:"
+            f" half of the rounds within {recovery['p50']} s, the slowest {recovery['max']} s; the campaign fails at 120 s (K12)."
+        ),
         "",
         "## What is not promised",
         "",
@@ -157,8 +163,10 @@ def document(report: dict[str, Any], mutants: str = NO_MUTANTS) -> str:
         *_found(report),
         "## What is checked",
         "",
-        "The history of all sends is on disk before each send and after it; a plain consumer reads every topic from its"
-        " beginning; the tables are read in one snapshot. Of these, and of nothing that the product says of itself:",
+        (
+            "The history of all sends is on disk before each send and after it; a plain consumer reads every topic from its"
+            " beginning; the tables are read in one snapshot. Of these, and of nothing that the product says of itself:"
+        ),
         "",
         "| | |",
         "|---|---|",
@@ -212,23 +220,33 @@ def _figures(report: dict[str, Any]) -> list[str]:
         f"| **lost** | **{report['lost']}** |",
         f"| **applied twice** | **{report['applied_twice']}** |",
         f"| **phantom** | **{report['phantom']}** |",
-        f"| commands applied / refused / already done | {counts.get('commands applied', 0):,} /"
-        f" {counts.get('commands rejected', 0):,} / {counts.get('commands duplicate', 0):,} |",
-        f"| dead letters / ignored / waiting at the end | {counts.get('dead', 0):,} / {counts.get('ignored', 0):,} /"
-        f" {counts.get('parked', 0):,} |",
-        f"| `credit.changed` published / of these repeats | {counts.get('changes told', 0):,} /"
-        f" {again['credit.changed']:,} |",
+        (
+            f"| commands applied / refused / already done | {counts.get('commands applied', 0):,} /"
+            f" {counts.get('commands rejected', 0):,} / {counts.get('commands duplicate', 0):,} |"
+        ),
+        (
+            f"| dead letters / ignored / waiting at the end | {counts.get('dead', 0):,} / {counts.get('ignored', 0):,} /"
+            f" {counts.get('parked', 0):,} |"
+        ),
+        (
+            f"| `credit.changed` published / of these repeats | {counts.get('changes told', 0):,} /"
+            f" {again['credit.changed']:,} |"
+        ),
         f"| whole again after a round: p50 / p95 / max | {recovery['p50']} / {recovery['p95']} / {recovery['max']} s |",
-        f"| rounds / replays of everything / snapshots read meanwhile | {report['rounds']} / {report['replays']} /"
-        f" {report['reads_meanwhile']:,} |",
+        (
+            f"| rounds / replays of everything / snapshots read meanwhile | {report['rounds']} / {report['replays']} /"
+            f" {report['reads_meanwhile']:,} |"
+        ),
         f"| duration | {report['seconds'] / 60:.1f} min |",
         "",
     ]
     if bound is not None:
         lines += [
-            f"None in {total:,} faults means, at 95 % confidence and if faults are independent, fewer than"
-            f" {bound:.2%} of faults that lose, repeat or invent anything (rule of three: 3 ÷ {total:,}). Faults are"
-            " counted, not events.",
+            (
+                f"None in {total:,} faults means, at 95 % confidence and if faults are independent, fewer than"
+                f" {bound:.2%} of faults that lose, repeat or invent anything (rule of three: 3 ÷ {total:,}). Faults are"
+                " counted, not events."
+            ),
             "",
         ]
     lines += ["| fault | times |", "|---|---:|"]
@@ -260,10 +278,14 @@ def _repeat(report: dict[str, Any]) -> list[str]:
         report["command"],
         "```",
         "",
-        f"Seed {seeds}; commit `{report['git']}`; {told}; {machine.get('processors')} × {machine.get('processor')},"
-        f" {machine.get('memory_gib')} GiB, {machine.get('system')}, a small synced write takes"
-        f" {machine.get('fsync_ms')} ms, load before {machine.get('load_before')}.",
+        (
+            f"Seed {seeds}; commit `{report['git']}`; {told}; {machine.get('processors')} × {machine.get('processor')},"
+            f" {machine.get('memory_gib')} GiB, {machine.get('system')}, a small synced write takes"
+            f" {machine.get('fsync_ms')} ms, load before {machine.get('load_before')}."
+        ),
         "",
-        "A seed draws the events, the mix of faults, their order and their lengths. What real processes do between two"
-        " faults is not in its power, so a failure keeps its history and logs as well: `reports/chaos-failed-<seed>`.",
+        (
+            "A seed draws the events, the mix of faults, their order and their lengths. What real processes do between two"
+            " faults is not in its power, so a failure keeps its history and logs as well: `reports/chaos-failed-<seed>`."
+        ),
     ]

@@ -99,7 +99,7 @@ class Upstream:
     def _user(self) -> str:
         return f"u{min(self._random.randrange(USERS), self._random.randrange(USERS))}"
 
-    def _event(self, topic: str, type_: str, *, id_: str | None = None, **data: Any) -> Event:
+    def _event(self, topic: str, type_: str, id_: str | None = None, **data: Any) -> Event:
         told = {name: value for name, value in data.items() if value is not None}
         id_ = id_ or self._id("e")
         key = Key(SOURCE, type_, id_)
@@ -108,7 +108,7 @@ class Upstream:
     # -- stories ----------------------------------------------------------------------------------------------------
 
     def _generation(self) -> list[Event]:
-        about = {"generation_id": self._id("g"), "user_id": self._user()}
+        about: dict[str, Any] = {"generation_id": self._id("g"), "user_id": self._user()}
         draw = self._random
         asked = self._event(
             GENERATION,
@@ -128,7 +128,7 @@ class Upstream:
                 type_ = draw.choice(["generation.failed", "generation.cancelled"])
                 return [asked, self._event(GENERATION, type_, **about, reason=CANARY)]
             case _:
-                more = {
+                more: dict[str, Any] = {
                     "kind": draw.choice([None, "image"]),
                     "units": draw.choice([None, None, 1, 3]),
                 }
