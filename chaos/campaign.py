@@ -283,7 +283,7 @@ class Campaign:
         """Read every topic again from its beginning, by groups that remember nothing: that is no news."""
         before = await Fingerprint.take(self._servers.database_url)
         since = await self._newest()
-        await asyncio.gather(*(worker.stop() for worker in fleet.workers))
+        await fleet.stop()
         await self._rewind()
         await fleet.restore(WORKERS)
         await self._recovered(LIVENESS_SECONDS + events * REPLAY_SECONDS_PER_EVENT)

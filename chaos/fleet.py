@@ -31,6 +31,7 @@ class Worker:
         self._expected = False
         self.surprises: list[str] = []
         self.frozen = False
+        self._turn = asyncio.Lock()
 
     @property
     def lives(self) -> bool:
@@ -43,8 +44,12 @@ class Worker:
         return self._process.pid if self._process is not None and self.lives else None
 
     async def start(self) -> None:
-        """Start the process. It may not consume yet."""
-        self._expected, self.frozen = False, False
+        """Start the process, unless it lives: several may want it at once. It may not consume yet."""
+        async with self._turn:
+            if not self.lives:
+                await self._start()
+
+    async def _start(self) -> None:
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "workers", "worker",
@@ -54,6 +59,8 @@ class Worker:
                 stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        # Not before: until then the process that we know is the one before, whose end was expected.
+        self._expected, self.frozen = False, False
 
     async def kill(self) -> bool:
         """SIGKILL, and wait until it is gone. Whether there was anything to kill."""

@@ -4,7 +4,6 @@ import os
 import random
 
 import pytest
-
 from chaos.__main__ import command, play
 from chaos.campaign import Plan
 

@@ -7,7 +7,6 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
-
 from chaos.checker import Command, Dead, Evidence, Told, Verdict, digest, judge
 from chaos.history import Key, Place, Send
 from chaos.model import Row
