@@ -53,7 +53,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--disk", action="store_true",
-        help="keep the database on a small disk and fill it now and then (needs root)",
+        help="keep the database in a small file system in memory and fill it now and then; needs root, and is large "
+        "enough for some 200,000 events",
     )  # fmt: skip
     parser.add_argument(
         "--regressions", action="store_true", help="what once failed: every seed that is kept"

@@ -180,6 +180,7 @@ class Campaign:
             await nemesis.rage(min(left, self._random.randint(*ROUND_FAULTS)), deadline)
             if left <= 0:
                 await asyncio.sleep(5)  # events alone are missing
+            await nemesis.subside()
             await sender.pause()
             await nemesis.heal()
             recovered = await self._recovered()

@@ -65,11 +65,15 @@ class Disk:
         """Write until there is no room left."""
         path = self.folder / f"ballast-{len(self.ballast)}"
         self.ballast.append(path)
-        with suppress(OSError), path.open("wb", buffering=0) as file:
-            for size in (1 << 20, 4096):
-                with suppress(OSError):
-                    while file.write(b"\0" * size):
-                        pass
+        size = 1 << 28
+        with path.open("wb") as file:
+            at = 0
+            while size >= 4096:
+                try:
+                    os.posix_fallocate(file.fileno(), at, size)
+                    at += size
+                except OSError:
+                    size //= 2
 
     def free(self) -> None:
         """Make room again."""
@@ -158,10 +162,14 @@ class Nemesis:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    async def heal(self) -> None:
-        """Wait until all that was begun has run its course, then make everything whole."""
+    async def subside(self) -> None:
+        """Wait until all that was begun has run its course."""
         if self._under_way:
             await asyncio.gather(*self._under_way)
+
+    async def heal(self) -> None:
+        """Make everything whole."""
+        await self.subside()
         for lane in self._lanes:
             lane.heal()
         if self._disk is not None:
@@ -323,7 +331,7 @@ class Nemesis:
         async with self._database:
             fault.target = "database"
             await asyncio.to_thread(self._disk.fill)
-            await asyncio.sleep(self._random.choice([1.0, 4.0]))
+            await asyncio.sleep(self._random.choice([3.0, 8.0]))
             self._disk.free()
             await asyncio.sleep(0.5)
             if "PostgreSQL" in await asyncio.to_thread(self._stack.dead):
