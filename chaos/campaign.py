@@ -111,6 +111,7 @@ class Campaign:
         self._liveness: list[str] = []
         self._replay: list[str] = []
         self._replays = 0
+        self._replayed = 0
         self._rounds = 0
 
     async def run(self, disk: Disk | None, skipped: dict[str, str]) -> Outcome:
@@ -156,6 +157,7 @@ class Campaign:
         )
         evidence.sampled, evidence.watched = watcher.sampled, watcher.found
         evidence.liveness, evidence.replay = self._liveness, self._replay
+        evidence.replayed = self._replayed
         evidence.leaks = leaks(logs, self._secrets())
         verdict = await asyncio.to_thread(judge, evidence)
         return Outcome(
@@ -297,6 +299,8 @@ class Campaign:
             if source != "clock"
         ]
         self._replay += before.changes(after, {account for account, _, _ in fresh})
+        # A replay that finds something to do repairs a loss: it must not hide it.
+        self._replayed += max(0, after.outcomes - before.outcomes)
         self._replays += 1
         self._say(f"replayed {events} records: {len(self._replay)} changes")
 

@@ -117,6 +117,8 @@ class Evidence:
     liveness: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     replay: list[str] = field(default_factory=list)
+    replayed: int = 0
+    """Records that had no outcome until everything was read again: they had been lost."""
 
 
 @dataclass
@@ -188,7 +190,7 @@ class _Judge:
         return Verdict(
             findings,
             dict(self._counts),
-            lost=len(self._lost),
+            lost=len(self._lost) + self._it.replayed,
             applied_twice=len(self._twice),
             phantom=len(self._phantom),
         )

@@ -40,6 +40,10 @@ WHOLE = (
 )  # fmt: skip
 
 
+OUTCOMES = """SELECT (SELECT count(*) FROM commands) + (SELECT count(*) FROM dead_letters)
+    + (SELECT count(*) FROM parked)"""
+
+
 async def records(
     bootstrap: str, topic: str, count: int
 ) -> AsyncIterator[ConsumerRecord[Any, Any]]:
@@ -238,9 +242,13 @@ def leaks(logs: Path, secrets: Mapping[str, str]) -> list[str]:
 class Fingerprint:
     """What the ledger knows, told briefly."""
 
-    def __init__(self, by_account: dict[str, dict[str, str]], whole: dict[str, str]) -> None:
+    def __init__(
+        self, by_account: dict[str, dict[str, str]], whole: dict[str, str], outcomes: int
+    ) -> None:
         self.by_account = by_account
         self.whole = whole
+        self.outcomes = outcomes
+        """How many outcomes there are: of keys, and of records that were set aside."""
 
     @classmethod
     async def take(cls, database_url: str) -> "Fingerprint":
@@ -259,6 +267,7 @@ class Fingerprint:
                         )
                         for table in WHOLE
                     },
+                    await connection.fetchval(OUTCOMES),
                 )
         finally:
             await connection.close()

@@ -191,6 +191,10 @@ def _fail_and_arrive(it: Evidence) -> None:
     it.sends[3].fate = "fail"
 
 
+def _find_it_in_a_replay(it: Evidence) -> None:
+    it.replayed = 1
+
+
 def _overdraw(it: Evidence) -> None:
     it.entries[1] = replace(it.entries[1], purchased=-14, after=(0, -4, 0, 0))
 
@@ -236,6 +240,7 @@ def test_each_break_is_found_by_its_invariant(spoil: Callable[[Evidence], None],
         (_lose_a_record, "lost"),
         (_swallow_poison, "lost"),
         (_do_not_publish, "lost"),
+        (_find_it_in_a_replay, "lost"),
         (_apply_twice, "applied_twice"),
         (_apply_for_two_keys, "applied_twice"),
         (_invent_a_command, "phantom"),
