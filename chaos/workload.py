@@ -484,14 +484,7 @@ class Sender:
 
     async def run(self) -> None:
         """Send while it is to go on, until cancelled."""
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
-            acks="all",
-            request_timeout_ms=int(REQUEST_SECONDS * 1000),
-            retry_backoff_ms=200,
-            metadata_max_age_ms=20_000,
-        )
-        await producer.start()
+        producer = await self._producer()
         try:
             while True:
                 await self._going.wait()
@@ -508,6 +501,24 @@ class Sender:
             with suppress(KafkaError, TimeoutError):
                 async with asyncio.timeout(5):
                     await producer.stop()
+
+    async def _producer(self) -> AIOKafkaProducer:
+        """A started producer, as soon as there is a broker."""
+        while True:
+            producer = AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap,
+                acks="all",
+                request_timeout_ms=int(REQUEST_SECONDS * 1000),
+                retry_backoff_ms=200,
+                metadata_max_age_ms=20_000,
+            )
+            try:
+                await producer.start()
+            except KafkaError:
+                await producer.stop()
+                await asyncio.sleep(0.5)
+            else:
+                return producer
 
     async def _begin(self, producer: AIOKafkaProducer, size: int) -> None:
         while len(self._chunks) >= CHUNKS_MAX:
