@@ -32,7 +32,8 @@ NUMBER = "chaos-send"
 SECRET = "whsec_canary7f3a9c"
 # Stands in everything that must never be told: reasons, addresses, broken values.
 CANARY = "canary7f3a9c"
-USERS, FREE_USERS = 160, 10
+# A few whom everybody wants, who make every lock wait, and many others.
+USERS, HOT_USERS, FREE_USERS = 1500, 12, 40
 FACES = 4  # accounts of each batch of people who turn out to be one person
 PACK_CREDITS, PACK_PRICE = 100, 999
 PLAN_CREDITS, DAY = 800, 86_400
@@ -97,7 +98,7 @@ class Upstream:
         return f"{prefix}{self._number}"
 
     def _user(self) -> str:
-        return f"u{min(self._random.randrange(USERS), self._random.randrange(USERS))}"
+        return f"u{self._random.randrange(HOT_USERS if self._random.random() < 0.15 else USERS)}"
 
     def _event(self, topic: str, type_: str, id_: str | None = None, **data: Any) -> Event:
         told = {name: value for name, value in data.items() if value is not None}
@@ -181,7 +182,7 @@ class Upstream:
         return parts
 
     def _grant(self) -> list[Event]:
-        user, amount, draw = self._user(), self._random.randint(1, 250), self._random
+        user, amount, draw = self._user(), self._random.randint(1, 120), self._random
         match draw.randrange(6):
             case 0 | 1:
                 until = time.time() + draw.choice([20, 60, 86_400])
@@ -231,7 +232,7 @@ class Upstream:
             "user.created",
             user_id=user,
             email=f"{user}.{CANARY}@example.com",
-            tier="free" if number < FREE_USERS else "pro",
+            tier="free" if number >= USERS - FREE_USERS else "pro",
             external_ids={"stripe": f"cus_{user}"},
         )
 
