@@ -44,6 +44,9 @@ WEIGHTS = {
     "disk_full": 1.5,
 }
 AT_ONCE_MAX = 4
+# What was to be struck was gone already, by another fault: that is none.
+MISSED = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError,
+          asyncpg.InternalClientError, psutil.Error)  # fmt: skip
 WORKERS = 3
 # A reply that is to be lost is waited for so long; if none comes, there was no fault.
 REPLY_SECONDS = 8.0
@@ -190,6 +193,8 @@ class Nemesis:
         await self._history.fault("fault_start", fault, number)
         try:
             await self._ways[kind](fault)
+        except MISSED:
+            fault.count = 0
         except Exception as error:
             fault.count = 0
             self.errors.append(f"{kind}: {type(error).__name__}: {error}")
