@@ -296,8 +296,9 @@ class Campaign:
 
     async def _replay_all(self, fleet: Fleet, events: int) -> None:
         """Read every topic again from its beginning, by groups that remember nothing: that is no news."""
-        before = await Fingerprint.take(self._servers.database_url)
+        # In this order: what time does between the two is then known as its work.
         since = await self._newest()
+        before = await Fingerprint.take(self._servers.database_url)
         await fleet.stop()
         await self._rewind()
         await fleet.restore(WORKERS)
