@@ -155,6 +155,7 @@ def main() -> int:
     # Brokers come and go here, of which Kafka's clients would tell at length.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    commit = report.git()  # what is tested now, whatever is committed meanwhile
     about = machine.describe(Path(tempfile.gettempdir()))
     begun = time.monotonic()
     plans = _plans(options)
@@ -174,7 +175,7 @@ def main() -> int:
         if options.regressions
         else command(plans[0], disk=options.disk)
     )
-    made = report.compose(outcomes, told, about)
+    made = {**report.compose(outcomes, told, about), "git": commit}
     REPORTS.mkdir(exist_ok=True)
     (REPORTS / "chaos.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     (REPORTS / "chaos.md").write_text(report.markdown(made), encoding="utf-8")

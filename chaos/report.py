@@ -57,10 +57,7 @@ def compose(outcomes: Sequence[Outcome], command: str, machine: dict[str, Any]) 
             counts[name] = counts.get(name, 0) + count
     total = sum(faults.values())
     recoveries = sorted(second for outcome in outcomes for second in outcome.recoveries)
-    bad = sum(
-        outcome.verdict.lost + outcome.verdict.applied_twice + outcome.verdict.phantom
-        for outcome in outcomes
-    )
+    clean = all(outcome.verdict.clean for outcome in outcomes)
     return {
         "sent": sum(outcome.sent for outcome in outcomes),
         "faults": total,
@@ -68,7 +65,7 @@ def compose(outcomes: Sequence[Outcome], command: str, machine: dict[str, Any]) 
         "applied_twice": sum(outcome.verdict.applied_twice for outcome in outcomes),
         "phantom": sum(outcome.verdict.phantom for outcome in outcomes),
         "seed": outcomes[0].plan.seed,
-        "clean": all(outcome.verdict.clean for outcome in outcomes),
+        "clean": clean,
         "seeds": [outcome.plan.seed for outcome in outcomes],
         "sent_again": sum(outcome.repeats for outcome in outcomes),
         "faults_by_kind": dict(sorted(faults.items())),
@@ -89,7 +86,7 @@ def compose(outcomes: Sequence[Outcome], command: str, machine: dict[str, Any]) 
         "replays": sum(outcome.replays for outcome in outcomes),
         "reads_meanwhile": sum(outcome.reads for outcome in outcomes),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
-        "bound_per_fault": round(3 / total, 5) if total and not bad else None,
+        "bound_per_fault": round(3 / total, 5) if total and clean else None,
         "findings": [sentence for outcome in outcomes for sentence in outcome.verdict.told()],
         "skipped": {name: why for outcome in outcomes for name, why in outcome.skipped.items()},
         "campaign_errors": [error for outcome in outcomes for error in outcome.errors][:20],
