@@ -6,7 +6,7 @@ UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run env test check format bench clean
+.PHONY: help run env test check format bench chaos clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ format: $(STAMP) ## Format and apply safe fixes
 
 bench: $(STAMP) ## Measure this worker beside a straightforward one; writes reports/bench.{md,json}
 	@$(BIN)/python -m benchmarks
+
+chaos: $(STAMP) ## Break everything around the workers and count losses (ARGS='--faults 1000'); writes reports/chaos.{md,json}
+	@$(BIN)/python -m chaos $(ARGS)
 
 clean: ## Remove the environment and the embedded servers' state
 	rm -rf $(VENV) .credits reports
