@@ -9,14 +9,13 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from store.kit import RECEIVED_AT, invoice, record
+from store.kit import record
 from workers import batch, consumer
 from workers.consumer import Consumer
 from workers.ledger import payments, writer
@@ -239,7 +238,9 @@ async def two_workers_want_the_same_accounts(stage: Stage) -> list[Finding]:
 class _Connection:
     """A relay's connection, whose reading or settling is changed."""
 
-    def __init__(self, real: Any, rows: Callable[[Any, Sequence[Any]], Awaitable[list[Any]]]) -> None:
+    def __init__(
+        self, real: Any, rows: Callable[[Any, Sequence[Any]], Awaitable[list[Any]]]
+    ) -> None:
         self._real = real
         self._rows = rows
 
@@ -368,29 +369,37 @@ async def float_amounts(patch: Patch, _world: World) -> None:
     patch.setattr(
         payments,
         "_target",
-        lambda purchase, returned: int(
-            purchase.credits * (min(returned, purchase.paid) / purchase.paid)
-        )
-        if purchase.paid
-        else 0,
+        lambda purchase, returned: (
+            int(purchase.credits * (min(returned, purchase.paid) / purchase.paid))
+            if purchase.paid
+            else 0
+        ),
     )
 
 
 async def part_of_a_payment_goes_back(stage: Stage) -> list[Finding]:
-    end = RECEIVED_AT + timedelta(days=36_500)
-    stage.send(invoice("in_1", "sub_1", "cus_1", start=RECEIVED_AT, end=end, user="ann", id_="e1"))
+    pack = {
+        "id": "cs_1",
+        "object": "checkout.session",
+        "mode": "payment",
+        "payment_status": "paid",
+        "client_reference_id": "ann",
+        "amount_total": PAID,
+        "payment_intent": "pi_1",
+        "metadata": {"pack": "small"},
+    }
+    refund = {"id": "re_1", "payment_intent": "pi_1", "status": "succeeded", "amount": REFUNDED}
     process = await stage.world.begin()
-    await process.drain()
-    paid = {"payment": {"type": "payment_intent", "payment_intent": "pi_in_1"}, "status": "paid"}
-    stage.send(stage.tell.stripe("invoice_payment.paid", {"id": "ip", "invoice": "in_1", **paid}))
-    refund = {"id": "re_1", "payment_intent": "pi_in_1", "status": "succeeded", "amount": REFUNDED}
-    stage.send(stage.tell.stripe("refund.created", refund))
-    await process.drain()
+    for type_, told in (("checkout.session.completed", pack), ("refund.created", refund)):
+        stage.send(stage.tell.stripe(type_, told))
+        await process.drain()
+    assert await stage.owner.fetchval("SELECT sum(clawed) FROM purchases") > 0
     return await stage.verdict()
 
 
-# 800 credits for 29.00: of this much the share is a whole number, which floating point misses by one.
-REFUNDED = next(r for r in range(1, 2901) if 800 * r // 2900 != int(800 * (r / 2900)))
+# The small pack's hundred credits for 29.00: of this much the share is a whole number, which floating point misses.
+PAID = 2900
+REFUNDED = next(r for r in range(1, PAID + 1) if 100 * r // PAID != int(100 * (r / PAID)))
 
 
 async def wall_clock_order(patch: Patch, world: World) -> None:
@@ -441,7 +450,9 @@ async def a_commit_is_not_heard(stage: Stage) -> list[Finding]:
 
 async def log_the_payload(patch: Patch, _world: World) -> None:
     """An error is described with all that it says."""
-    patch.setattr(batch, "describe", lambda error: f"{error!r} {error} {getattr(error, 'detail', '')}")
+    patch.setattr(
+        batch, "describe", lambda error: f"{error!r} {error} {getattr(error, 'detail', '')}"
+    )
 
 
 async def a_row_with_a_secret_is_refused(stage: Stage) -> list[Finding]:
@@ -455,7 +466,10 @@ async def a_row_with_a_secret_is_refused(stage: Stage) -> list[Finding]:
         found = await stage.end()
     details = [row[0] for row in await stage.owner.fetch("SELECT detail FROM dead_letters")]
     told = [*details, json.dumps(logs, default=repr)]
-    told += [message.headers.get("dead-letter-detail", b"").decode() for message in stage.world.log.published]
+    told += [
+        message.headers.get("dead-letter-detail", b"").decode()
+        for message in stage.world.log.published
+    ]
     return found + [Finding("K13", "", "a secret was told") for text in told if CANARY in text]
 
 

@@ -21,7 +21,9 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     with capture.global_and_fixture_disabled():
         reporter.write_line("")
-        reporter.write_line("| mutant | also taken away | meant for it | caught by | first finding |")
+        reporter.write_line(
+            "| mutant | also taken away | meant for it | caught by | first finding |"
+        )
         reporter.write_line("|---|---|---|---|---|")
         for line in lines:
             reporter.write_line(line)
@@ -44,4 +46,6 @@ async def test_a_planted_break_is_caught_by_its_invariant(
     assert mutant.invariants & set(caught), found
     meant = next(one for one in found if one.invariant in mutant.invariants)
     wanted = "/".join(sorted(mutant.invariants))
-    table.append(f"| {mutant.name} | {mutant.also or '–'} | {wanted} | {', '.join(caught)} | {meant} |")
+    table.append(
+        f"| {mutant.name} | {mutant.also or '–'} | {wanted} | {', '.join(caught)} | {meant} |"
+    )
