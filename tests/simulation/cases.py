@@ -200,7 +200,10 @@ CASES: dict[str, Case] = {
     # account.events
     "user.created": lambda tell: Told(
         tell.event(
-            "user.created", user_id=tell("ann"), external_ids={"stripe": tell("cus_1")}, email=tell("a@b.c")
+            "user.created",
+            user_id=tell("ann"),
+            external_ids={"stripe": tell("cus_1")},
+            email=tell("a@b.c"),
         ),
         [tell.pack("1", None, "cus_1")],
     ),
@@ -273,7 +276,9 @@ CASES: dict[str, Case] = {
         [tell.subscription("customer.subscription.created", "1", "ann"), tell.invoice("1", "ann")],
     ),
     "customer.created": lambda tell: Told(
-        tell.stripe("customer.created", {"id": tell("cus_1"), "metadata": {"user_id": tell("ann")}}),
+        tell.stripe(
+            "customer.created", {"id": tell("cus_1"), "metadata": {"user_id": tell("ann")}}
+        ),
         [tell.pack("1", None, "cus_1")],
     ),
     "refund.created": lambda tell: Told(
@@ -326,15 +331,14 @@ CASES: dict[str, Case] = {
     ),
     "a repeat": _repeated,
     "a key of other content": _conflict,
-    "what waits for its owner": lambda tell: Told(
-        tell.pack("1", None, "cus_unknown"), fate=PARKED
-    ),
+    "what waits for its owner": lambda tell: Told(tell.pack("1", None, "cus_unknown"), fate=PARKED),
     "nobody's business": lambda tell: Told(
         tell.stripe("product.created", {"id": tell("prod_1")}), fate=IGNORED
     ),
     "no JSON": lambda tell: _poison(tell, "booking.events", b"{", "malformed"),
     "a forged signature": lambda tell: Told(
-        record("stripe.webhook", b"{}", {"stripe-signature": "t=1,v1=00"}), fate="dead bad_signature"
+        record("stripe.webhook", b"{}", {"stripe-signature": "t=1,v1=00"}),
+        fate="dead bad_signature",
     ),
     "what the database refuses": lambda tell: Told(
         tell.grant("refused", 1), fate="dead database_rejected"

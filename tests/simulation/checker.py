@@ -84,12 +84,14 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         """In a line."""
-        return f"{self.invariant} {self.word}: {self.what}" if self.word else f"{self.invariant}: {self.what}"
+        return (
+            f"{self.invariant} {self.word}: {self.what}"
+            if self.word
+            else f"{self.invariant}: {self.what}"
+        )
 
 
-async def check(
-    owner: asyncpg.Connection, log: Log, sent: Sequence[Expected]
-) -> list[Finding]:
+async def check(owner: asyncpg.Connection, log: Log, sent: Sequence[Expected]) -> list[Finding]:
     """Everything that is wrong after a drain; empty when all is well. `sent` is every record that any topic has."""
     found = await _accounting(owner, sent)
     found += [Finding("K2", "twice", row[0]) for row in await owner.fetch(TWICE)]
@@ -114,10 +116,14 @@ async def _accounting(owner: asyncpg.Connection, sent: Sequence[Expected]) -> li
         for row in await owner.fetch("SELECT scope, type, key, fingerprint FROM commands")
     }
     coordinates = "SELECT topic, partition, kafka_offset"
-    dead = {tuple(row)[:3]: row[3] for row in await owner.fetch(f"{coordinates}, reason FROM dead_letters")}
+    dead = {
+        tuple(row)[:3]: row[3]
+        for row in await owner.fetch(f"{coordinates}, reason FROM dead_letters")
+    }
     parked = {tuple(row) for row in await owner.fetch(f"{coordinates} FROM parked")}
     found, keys = [], set()
-    for work, fate in sent:
+    for work, wanted in sent:
+        fate = wanted
         record = work.record
         place = (record.topic, record.partition, record.offset)
         key, content = _key_of(work)
@@ -131,14 +137,17 @@ async def _accounting(owner: asyncpg.Connection, sent: Sequence[Expected]) -> li
             *([PARKED] if place in parked else []),
         ] or [IGNORED]
         if fate == DECIDED and conflict:
-            fate = "dead idempotency_conflict"  # of two contents of one key either may have come first
+            fate = (
+                "dead idempotency_conflict"  # of two contents of one key either may have come first
+            )
         if became != [fate]:
             word = "lost" if became == [IGNORED] else ""
             found.append(Finding("K1", word, f"{what} is {' and '.join(became)}, not {fate}"))
     found += [Finding("K1", "phantom", f"nobody sent {key}") for key in decided.keys() - keys]
     places = {(w.record.topic, w.record.partition, w.record.offset) for w, _ in sent}
     found += [
-        Finding("K1", "phantom", f"nobody sent {place}") for place in (dead.keys() | parked) - places
+        Finding("K1", "phantom", f"nobody sent {place}")
+        for place in (dead.keys() | parked) - places
     ]
     return found
 
@@ -188,7 +197,11 @@ async def _published(owner: asyncpg.Connection, log: Log) -> list[Finding]:
         for id_ in entries.keys() - told.keys()
     ]
     found += [
-        Finding("K6", "phantom", f"{told[id_]['account_id']} version {told[id_]['version']} was published, not committed")
+        Finding(
+            "K6",
+            "phantom",
+            f"{told[id_]['account_id']} version {told[id_]['version']} was published, not committed",
+        )
         for id_ in told.keys() - entries.keys()
     ]
     for id_ in told.keys() & entries.keys():
@@ -202,8 +215,12 @@ async def _published(owner: asyncpg.Connection, log: Log) -> list[Finding]:
     for topic, question in questions.items():
         committed = {row[0] for row in await owner.fetch(question)}
         names = {name[1].decode() for name in bodies if name[0].endswith(topic)}
-        found += [Finding("K6", "lost", f"{topic} {id_} was not published") for id_ in committed - names]
-        found += [Finding("K6", "phantom", f"{topic} {id_} was published") for id_ in names - committed]
+        found += [
+            Finding("K6", "lost", f"{topic} {id_} was not published") for id_ in committed - names
+        ]
+        found += [
+            Finding("K6", "phantom", f"{topic} {id_} was published") for id_ in names - committed
+        ]
     return found
 
 
@@ -211,7 +228,11 @@ async def _audited(owner: asyncpg.Connection) -> list[Finding]:
     """What `credits audit` finds."""
     told = await audit(_Pool(owner), keep=3)  # type: ignore[arg-type]
     return [
-        Finding(PROVES.get(one.invariant, "K8"), "", " ".join(str(part) for part in one if part is not None))
+        Finding(
+            PROVES.get(one.invariant, "K8"),
+            "",
+            " ".join(str(part) for part in one if part is not None),
+        )
         for verdict in told.verdicts
         for one in verdict.findings
     ]
@@ -263,7 +284,9 @@ async def books(owner: asyncpg.Connection, mark: str) -> list[str]:
     """What the rows of one run say, without its mark."""
     lines = []
     for table, columns in BOOKS.items():
-        question = f"SELECT row({columns})::text FROM {table} AS t WHERE t::text LIKE '%' || $1 || '%'"
+        question = (
+            f"SELECT row({columns})::text FROM {table} AS t WHERE t::text LIKE '%' || $1 || '%'"
+        )
         rows = await owner.fetch(question, mark)
         lines += sorted(f"{table} {row[0]}".replace(mark, "") for row in rows)
     return lines

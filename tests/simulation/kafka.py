@@ -86,6 +86,7 @@ class ConsumerEdge:
     def __init__(self, log: Log, topic: str, at: At, partitions: Iterable[int]) -> None:
         self._log = log
         self._at = at
+        self._topic = topic
         self._places = {TopicPartition(topic, partition) for partition in partitions}
         self._positions: dict[TopicPartition, int] = {}
 
@@ -101,9 +102,7 @@ class ConsumerEdge:
 
     def reassign(self, partitions: Iterable[int]) -> None:
         """A rebalance: what is new begins at the committed offset, what is gone is forgotten."""
-        topic = next(iter(self._places)).topic if self._places else None
-        assert topic is not None
-        self._places = {TopicPartition(topic, partition) for partition in partitions}
+        self._places = {TopicPartition(self._topic, partition) for partition in partitions}
         self._positions = {
             place: offset for place, offset in self._positions.items() if place in self._places
         }

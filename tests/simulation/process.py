@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import asyncpg
+from aiokafka.errors import KafkaError
 
 from store.kit import CATALOGUE, RECORD_BYTES_MAX, SECRET
 from workers import consumer as consuming
@@ -28,6 +29,7 @@ from workers.settings import INBOUND_TOPICS, Settings
 from workers.sources import Sources
 from workers.store import database
 from workers.store.database import answers, open_pool
+from workers.store.failures import classify
 from workers.store.sql import SQL
 
 from .kafka import PARTITIONS, ConsumerEdge, Log, ProducerEdge
@@ -75,11 +77,11 @@ class Watched(asyncpg.Connection):
         if fault == "error":
             raise asyncpg.QueryCanceledError("canceling statement due to a test")
         if fault == "cut":
-            self.cut()
+            await self.lose()
             raise asyncpg.ConnectionDoesNotExistError("connection was closed by a test")
         result = await call()
         if fault == "unheard":
-            self.cut()
+            await self.lose()
             raise asyncpg.ConnectionDoesNotExistError("connection was closed by a test")
         await process.at(name)
         return result
@@ -87,6 +89,14 @@ class Watched(asyncpg.Connection):
     def cut(self) -> None:
         """Close the socket and say nothing, as the kernel does for a process that is gone."""
         self._transport.abort()
+
+    async def lose(self) -> None:
+        """Cut, and wait until asyncpg has noticed."""
+        self.cut()
+        while not self.is_closed():
+            await asyncio.sleep(0)
+
+    # What follows is asyncpg's, with a boundary around it.
 
     async def execute(self, query: str, *args: Any, **kwargs: Any) -> str:
         call = super().execute
@@ -176,7 +186,11 @@ class Process:
         if self._turn is not None and name not in UNCOUNTED:
             await self._turn(name)
             await self._freeze()  # it may have died meanwhile
-        return self._fault_at(name)
+        fault = self._fault_at(name) if name not in UNCOUNTED else None
+        if fault == "die":
+            self.die()
+            await self._freeze()
+        return fault
 
     async def at(self, name: str) -> str | None:
         """Something was done: the boundary behind it. Never returns in a process that is dead, or dies here."""
@@ -203,6 +217,16 @@ class Process:
         yield gate
         gate.opened.set()
 
+    def take_turns(self, turn: Callable[[str], Awaitable[None]]) -> None:
+        """Ask this before every boundary."""
+        self._turn = turn
+
+    def reassign(self, partitions: Iterable[int]) -> None:
+        """A rebalance."""
+        self.partitions = list(partitions)
+        for edge in self.edges.values():
+            edge.reassign(self.partitions)
+
     async def edge(self, name: str) -> str | None:
         """A boundary of Kafka's."""
         fault = await self.before(name)
@@ -228,9 +252,7 @@ class Process:
         self.partitions = partitions
         self._pool = await open_pool(self.url, size_max=2, name="simulated")
         sources = Sources(CATALOGUE, (SECRET,), RECORD_BYTES_MAX)
-        self.ledger = Ledger(
-            self._pool, sources, CATALOGUE, parked_deadline_seconds=PARKED_SECONDS
-        )
+        self.ledger = Ledger(self._pool, sources, CATALOGUE, parked_deadline_seconds=PARKED_SECONDS)
         self.relay = Relay(self._settings)
         self._relaying = await database.connect(self.url, name="simulated relay")
         self._producer = ProducerEdge(self.log, self.edge)
@@ -283,14 +305,35 @@ class Process:
                 await self.edge("polled")
                 await self.consumer.apply(name, edge, batch)
                 busy = True
-        for _ in range(PARKED_ROUNDS_MAX):
+        for part in (self._apply_parked, self._settle, self._publish):
+            try:
+                busy |= await part()
+            except Exception as error:  # as `worker.py` has it for each of its loops
+                if classify(error)[0] != "transient" and not isinstance(error, KafkaError):
+                    raise
+                busy = True
+        return busy
+
+    async def _apply_parked(self) -> bool:
+        for number in range(PARKED_ROUNDS_MAX):
             if await self.ledger.apply_parked(100) is None:
-                break
-            busy = True
-        busy |= await settle_due(self.ledger, lambda _report: None) > 0
-        if len(self.relay._shards) < SHARDS:
-            await self.relay._take_shards(self._relaying)
-        return await self.relay.publish_once(self._relaying, self._producer) > 0 or busy
+                return number > 0
+        return True
+
+    async def _settle(self) -> bool:
+        return await settle_due(self.ledger, lambda _report: None) > 0
+
+    async def _publish(self) -> bool:
+        """One round of the relay; whatever fails, its connection is made anew."""
+        try:
+            if len(self.relay._shards) < SHARDS:
+                await self.relay._take_shards(self._relaying)
+            return await self.relay.publish_once(self._relaying, self._producer) > 0
+        except Exception:
+            self.relay._shards.clear()
+            self._relaying.terminate()
+            self._relaying = await database.connect(self.url, name="simulated relay")
+            raise
 
     async def stop(self) -> None:
         """End in order, for the next process to begin; a dead one's remains are put away."""
@@ -321,6 +364,7 @@ class World:
         self.url = url
         self.log = Log()
         self.owner = owner
+        self._asking = asyncio.Lock()
         self._graveyard: list[Process] = []
 
     async def begin(self, **given: Any) -> Process:
@@ -334,8 +378,13 @@ class World:
         """Wait until the server has noticed that a process is dead."""
         question = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1::int[])"
         pids = [connection.get_server_pid() for connection in process.connections]
-        while await self.owner.fetchval(question, pids):
-            await self.owner.execute("SELECT pg_stat_clear_snapshot()")
+        while await self.ask(question, pids):
+            await self.ask("SELECT pg_stat_clear_snapshot()")
+
+    async def ask(self, question: str, *args: Any) -> Any:
+        """Ask the database; several may ask at once."""
+        async with self._asking:
+            return await self.owner.fetchval(question, *args)
 
     async def end(self) -> None:
         """Put away everything that lived here."""
@@ -348,6 +397,9 @@ async def world_at(url: str) -> AsyncIterator[World]:
     """A world on a database that is migrated and empty."""
     settings = {"search_path": "credits", "timezone": "UTC"}
     owner = await asyncpg.connect(url, server_settings=settings)
+    # Only workers die here, so that nothing rests on what a disk has: it need not be waited for.
+    name = await owner.fetchval("SELECT current_database()")
+    await owner.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
     patience = consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX
     consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX = 0.001, 0.01
     world = World(url, owner)

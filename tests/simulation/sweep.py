@@ -8,7 +8,13 @@ from .checker import Expected, books, check, fingerprint
 from .kafka import Log
 from .process import Dead, Process, World
 
-PLACES = (0, 0, 0, 1, 1)  # the partitions of a batch's five records, in the order in which they are polled
+PLACES = (
+    0,
+    0,
+    0,
+    1,
+    1,
+)  # the partitions of a batch's five records, in the order in which they are polled
 
 
 class Trouble(NamedTuple):
@@ -24,6 +30,16 @@ class Swept(NamedTuple):
     boundaries: Sequence[str]
     deaths: int
     troubles: Sequence[Trouble]
+
+
+def distinct(boundaries: Sequence[str]) -> list[int]:
+    """Where to die. Of a run of one name, such as messages sent one after another, the first and the last will do."""
+    around = ["", *boundaries, ""]
+    return [
+        number
+        for number, name in enumerate(boundaries)
+        if not around[number] == name == around[number + 2]
+    ]
 
 
 class Sweep:
@@ -46,9 +62,9 @@ class Sweep:
         found = [str(one) for one in await check(self._world.owner, self._world.log, self._sent)]
         if found:
             return Swept(boundaries, 0, [Trouble("none", found)])
-        numbers = range(len(boundaries))
+        numbers = distinct(boundaries)
         if chosen is not None:
-            numbers = sorted({number % len(boundaries) for number in chosen})
+            numbers = sorted({numbers[number % len(numbers)] for number in chosen})
         for number in numbers:
             before = self._world.log.ends()
             mark = await self._die(process, number)
