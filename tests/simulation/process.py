@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 from aiokafka.errors import KafkaError
+from structlog.testing import capture_logs
 
 from store.kit import CATALOGUE, RECORD_BYTES_MAX, SECRET
 from workers import consumer as consuming
@@ -66,6 +67,7 @@ class Watched(asyncpg.Connection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.process = _PROCESS.get()
+        self.pid = self.get_server_pid()  # it is forgotten when the connection ends
         if self.process is not None:
             self.process.connections.append(self)
 
@@ -161,7 +163,6 @@ class Process:
         self.url = url
         self.log = log
         self.connections: list[Watched] = []
-        self.sessions: list[int] = []
         self.trace: list[str] = []
         self.faults: list[BaseException] = []
         self.dead = False
@@ -266,8 +267,6 @@ class Process:
         self.edges = {
             name: ConsumerEdge(self.log, name, self.edge, partitions) for name in INBOUND_TOPICS
         }
-        for connection in self.connections:
-            self.sessions.append(connection.get_server_pid())
         await self.relay._take_shards(self._relaying)
 
     async def drain(self, *, batch_max: int = 1000) -> None:
@@ -377,7 +376,7 @@ class World:
     async def gone(self, process: Process) -> None:
         """Wait until the server has noticed that a process is dead."""
         question = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1::int[])"
-        pids = [connection.get_server_pid() for connection in process.connections]
+        pids = [connection.pid for connection in process.connections]
         while await self.ask(question, pids):
             await self.ask("SELECT pg_stat_clear_snapshot()")
 
@@ -404,7 +403,8 @@ async def world_at(url: str) -> AsyncIterator[World]:
     consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX = 0.001, 0.01
     world = World(url, owner)
     try:
-        with watched_connections():
+        # A traceback takes longer to print than a worker to live.
+        with watched_connections(), capture_logs():
             yield world
             await world.end()
     finally:

@@ -115,7 +115,7 @@ class Turns:
             if not self._waiting:
                 return False
             for worker in going:
-                pids = [one.get_server_pid() for one in workers[worker].connections]
+                pids = [one.pid for one in workers[worker].connections]
                 if not await self._world.ask(BLOCKED, pids):
                     return False
             return True
