@@ -108,6 +108,7 @@ async def offset_first(patch: Patch, _world: World) -> None:
 
 
 async def death_before_the_commit(stage: Stage) -> list[Finding]:
+    """A worker dies when everything is written and nothing committed."""
     stage.send(stage.tell.grant("ann", 5))
     await stage.dies(await stage.world.begin(), "copy outbox")
     return await stage.end()
@@ -123,6 +124,7 @@ async def no_unique_key(patch: Patch, world: World) -> None:
 
 
 async def a_record_comes_twice(stage: Stage) -> list[Finding]:
+    """A publisher sends a record again, on another partition."""
     work = stage.tell.grant("ann", 5)
     process = await stage.world.begin()
     for partition in (0, 1):
@@ -153,6 +155,7 @@ async def select_then_insert(patch: Patch, world: World) -> None:
 
 
 async def two_workers_get_one_key(stage: Stage) -> list[Finding]:
+    """A worker that is about to lock is overtaken by one with the same key."""
     await stage.known("ann")  # whoever makes an account locks it
     work = stage.tell.grant("ann", 5)
     for partition in (0, 1):
@@ -186,6 +189,7 @@ async def no_row_lock(patch: Patch, world: World) -> None:
 
 
 async def two_workers_change_one_account(stage: Stage) -> list[Finding]:
+    """A worker that is about to write is overtaken by one that changes the same account."""
     await stage.known("ann")
     for partition in (0, 1):
         stage.send(stage.tell.grant("ann", 5 + partition), partition)
@@ -209,6 +213,7 @@ async def unsorted_locks(patch: Patch, _world: World) -> None:
 
 
 async def two_workers_want_the_same_accounts(stage: Stage) -> list[Finding]:
+    """Two batches touch three accounts, and somebody holds the one in the middle for a while."""
     names = ("ann", "mia", "zoe")
     await stage.known(*names)
     for partition in (0, 1):
@@ -274,6 +279,7 @@ async def cursor(patch: Patch, _world: World) -> None:
 
 
 async def a_commit_comes_late(stage: Stage) -> list[Finding]:
+    """A row with a lower number is committed after one with a higher number was published."""
     stage.send(stage.tell.grant("ann", 5), 0)
     stage.send(stage.tell.grant("bob", 5), 1)
     await overtaken(stage, "commit")
@@ -294,6 +300,7 @@ async def publish_before_commit(patch: Patch, world: World) -> None:
 
 
 async def death_at_the_commit(stage: Stage) -> list[Finding]:
+    """A worker dies before it can commit."""
     stage.send(stage.tell.grant("ann", 5))
     process = await stage.world.begin()
     with process.held_before("commit") as gate:
@@ -317,6 +324,7 @@ async def mark_before_publish(patch: Patch, _world: World) -> None:
 
 
 async def death_of_the_relay(stage: Stage) -> list[Finding]:
+    """A relay dies behind the statement that empties the outbox."""
     stage.send(stage.tell.grant("ann", 5))
     await stage.dies(await stage.world.begin(), "settle_outbox")
     return await stage.end()
@@ -335,6 +343,7 @@ async def swallow_poison(patch: Patch, _world: World) -> None:
 
 
 async def poison_comes(stage: Stage) -> list[Finding]:
+    """A record that cannot be read."""
     stage.send(record("booking.events", b"{", {}), fate="dead malformed")
     return await stage.end()
 
@@ -350,6 +359,7 @@ async def dead_letter_on_transient(patch: Patch, _world: World) -> None:
 
 
 async def a_statement_is_cancelled(stage: Stage) -> list[Finding]:
+    """An operator, or a timeout, cancels a statement once."""
     stage.send(stage.tell.grant("ann", 5))
     await (await stage.world.begin(faults=once("lock_accounts", "error"))).drain()
     return await stage.verdict()
@@ -378,6 +388,7 @@ async def float_amounts(patch: Patch, _world: World) -> None:
 
 
 async def part_of_a_payment_goes_back(stage: Stage) -> list[Finding]:
+    """A refund of part of what was paid for a pack."""
     pack = {
         "id": "cs_1",
         "object": "checkout.session",
@@ -409,6 +420,7 @@ async def wall_clock_order(patch: Patch, world: World) -> None:
 
 
 async def the_clock_goes_back(stage: Stage) -> list[Finding]:
+    """The clock of the database is set back by an hour between two changes of an account."""
     process = await stage.world.begin()
     stage.send(stage.tell.grant("ann", 5))
     await process.drain()
@@ -443,6 +455,7 @@ async def new_key_on_retry(patch: Patch, _world: World) -> None:
 
 
 async def a_commit_is_not_heard(stage: Stage) -> list[Finding]:
+    """The server commits; the worker never hears of it."""
     stage.send(stage.tell.grant("ann", 5))
     await (await stage.world.begin(faults=once("commit", "unheard"))).drain()
     return await stage.verdict()
@@ -456,6 +469,7 @@ async def log_the_payload(patch: Patch, _world: World) -> None:
 
 
 async def a_row_with_a_secret_is_refused(stage: Stage) -> list[Finding]:
+    """The database refuses a row that has an e-mail address."""
     await stage.owner.execute(
         "ALTER TABLE identities ADD CONSTRAINT tests CHECK (external_id NOT LIKE 'canary%')"
     )

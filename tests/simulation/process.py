@@ -95,24 +95,28 @@ class Watched(asyncpg.Connection):
     async def lose(self) -> None:
         """Cut, and wait until asyncpg has noticed."""
         self.cut()
-        while not self.is_closed():
+        while not self.is_closed():  # noqa: ASYNC110 - nobody else tells
             await asyncio.sleep(0)
 
     # What follows is asyncpg's, with a boundary around it.
 
     async def execute(self, query: str, *args: Any, **kwargs: Any) -> str:
+        """BEGIN, COMMIT, and what returns nothing."""
         call = super().execute
         return await self._pass(name_of(query), lambda: call(query, *args, **kwargs))
 
     async def fetch(self, query: str, *args: Any, **kwargs: Any) -> list[asyncpg.Record]:
+        """Rows."""
         call = super().fetch
         return await self._pass(name_of(query), lambda: call(query, *args, **kwargs))
 
     async def fetchval(self, query: str, *args: Any, **kwargs: Any) -> Any:
+        """One value."""
         call = super().fetchval
         return await self._pass(name_of(query), lambda: call(query, *args, **kwargs))
 
     async def copy_records_to_table(self, table_name: str, **kwargs: Any) -> str:
+        """COPY."""
         call = super().copy_records_to_table
         return await self._pass(f"copy {table_name}", lambda: call(table_name, **kwargs))
 

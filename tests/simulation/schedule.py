@@ -9,12 +9,11 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
 from store.kit import record
-from workers.settings import INBOUND_TOPICS
 from workers.store.set_aside import Work
 from workers.store.sql import SQL
 
@@ -305,7 +304,11 @@ class Schedule:
             "pack": lambda: tell.pack(str(some), None, f"cus_{user}"),
             "invoice": lambda: tell.invoice(str(number), user),
             "money back": lambda: tell.money(
-                "refund.created", f"re{number}", str(some), amount=dice.randint(1, 990), status="succeeded"
+                "refund.created",
+                f"re{number}",
+                str(some),
+                amount=dice.randint(1, 990),
+                status="succeeded",
             ),
             "link": lambda: tell.event(
                 "user.linked", user_id=user, provider="stripe", external_id=f"cus_{user}"

@@ -6,6 +6,7 @@ CREDITS_TEST_EXAMPLES=10 dies at all of them, in every position of the batch.
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,10 +28,22 @@ def groups() -> list[tuple[str, Position]]:
     return [(case, dice.choice(list(POSITIONS))) for case in CASES]
 
 
+@pytest.fixture(scope="module")
+def deaths(request: pytest.FixtureRequest) -> Iterator[list[int]]:
+    """How many deaths there were in each group, told at the end."""
+    counted: list[int] = []
+    yield counted
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        told = f"{sum(counted)} deaths in {len(counted)} groups of {len(CASES)} cases, seed {SEED}"
+        reporter.write_line(f"\n{told}")
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("case", "position"), groups())
 async def test_a_death_at_any_boundary_changes_nothing(
-    database_url: str, case: str, position: Position
+    database_url: str, deaths: list[int], case: str, position: Position
 ) -> None:
     """Whoever comes after finds what a run without a death leaves, to the row; replaying it all changes nothing."""
     dice = random.Random(f"{SEED} {case}")
@@ -38,5 +51,5 @@ async def test_a_death_at_any_boundary_changes_nothing(
     async with world_at(database_url) as world:
         swept = await Sweep(world, case, position).run(chosen)
 
-    print(f"{len(swept.boundaries)} boundaries, {swept.deaths} deaths, seed {SEED}")
+    deaths.append(swept.deaths)
     assert swept.troubles == [], f"CREDITS_TEST_SEED={SEED} CREDITS_TEST_EXAMPLES={TIMES_AS_MANY}"

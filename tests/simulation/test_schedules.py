@@ -17,7 +17,11 @@ from .schedule import Schedule
 
 TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
 SEED = int(os.environ.get("CREDITS_TEST_SEED", "0"))
-SEEDS = [SEED] if SEED else [random.SystemRandom().randrange(1, 10**9) for _ in range(3 * TIMES_AS_MANY)]
+SEEDS = (
+    [SEED]
+    if SEED
+    else [random.SystemRandom().randrange(1, 10**9) for _ in range(3 * TIMES_AS_MANY)]
+)
 
 
 def how_to_repeat(seed: int) -> str:

@@ -257,7 +257,9 @@ async def no_room(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseExc
     """More than a limit of the server allows to write: what a full disk looks like, without one."""
     await one.execute("SET temp_file_limit = 1; SET work_mem = 64")
     return await error_of(
-        one.execute("SELECT count(*) FROM (SELECT n FROM generate_series(1, 99999) n ORDER BY -n) s")
+        one.execute(
+            "SELECT count(*) FROM (SELECT n FROM generate_series(1, 99999) n ORDER BY -n) s"
+        )
     )
 
 
