@@ -6,7 +6,7 @@ from workers import worker
 
 
 async def test_a_part_that_takes_its_end_for_a_failure_is_told_again() -> None:
-    """asyncpg puts an error of its own in the place of a cancellation when the connection is gone; a loop would go on."""
+    """An error of the driver stands in the place of a cancellation when the connection is gone; a loop would go on."""
     told = 0
 
     async def run() -> None:
