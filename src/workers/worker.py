@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import TypeVar
 from uuid import UUID
@@ -46,6 +46,8 @@ PARKED_MAX = 100
 # A message that is ready and still waits would be claimed again at once: so many rounds, then the next tick.
 PARKED_ROUNDS_MAX = 20
 START_BACKOFF_SECONDS = 1.0
+# How long a part may take to end before it is told again, and how often it is told.
+CANCEL_SECONDS, CANCELS_MAX = 1.0, 10
 PROBLEMS_TOLD_MAX = 10
 
 
@@ -122,9 +124,7 @@ class Worker:
         """End everything; what was in flight and is not committed, Kafka brings again. Idempotent."""
         await self._consumer.stop()
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end(tasks)
         with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await self._pool.execute(SQL["stop_beating"], self._id, timeout=2)
         log.info("worker_stopped", worker_id=str(self._id))
@@ -217,6 +217,20 @@ class Worker:
                 if classify(error)[0] != "transient":
                     raise
             await asyncio.sleep(BEAT_SECONDS)
+
+
+async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancel, and again until it is heard: a task that meets an error while it lets go of its connection, as it does
+    when the database has fallen silent, would take that for a failure to be tried again.
+    """
+    ending = set(tasks)
+    for _ in range(CANCELS_MAX):
+        for task in ending:
+            task.cancel()
+        if ending:
+            _, ending = await asyncio.wait(ending, timeout=CANCEL_SECONDS)
+    if ending:
+        log.error("not_ended", tasks=sorted(task.get_name() for task in ending))
 
 
 def _refusal_of(refused: Refused, file: CatalogueFile) -> Alert:

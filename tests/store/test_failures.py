@@ -235,6 +235,52 @@ async def starting(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseEx
     )
 
 
+async def no_statement(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """A pooler, or an operator, that forgets what a session has prepared."""
+    await one.fetch("SELECT $1::int", 1)
+    await other.execute("SELECT 1")
+    await one.execute("DEALLOCATE ALL")
+    return await error_of(one.fetch("SELECT $1::int", 1))
+
+
+async def no_column(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """A migration that this release does not know, or the other way round."""
+    return await error_of(one.execute("SELECT nothing FROM spots"))
+
+
+async def no_schema(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """Another database than ours."""
+    return await error_of(one.execute("CREATE TABLE nothing.spots (id int)"))
+
+
+async def no_room(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """More than a limit of the server allows to write: what a full disk looks like, without one."""
+    await one.execute("SET temp_file_limit = 1; SET work_mem = 64")
+    return await error_of(
+        one.execute(
+            "SELECT count(*) FROM (SELECT n FROM generate_series(1, 99999) n ORDER BY -n) s"
+        )
+    )
+
+
+async def no_file(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """The system below the database fails it."""
+    return await error_of(one.execute("COPY spots FROM '/nothing/of/ours'"))
+
+
+async def transaction_timeout(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """A transaction that takes too long."""
+    return await error_of(one.execute("SET transaction_timeout = '20ms'; SELECT pg_sleep(9)"))
+
+
+async def idle_session(one: asyncpg.Connection, other: asyncpg.Connection) -> BaseException:
+    """A session that nobody has used for too long."""
+    session = await one.fetchval("SELECT pg_backend_pid()")
+    await one.execute("SET idle_session_timeout = '20ms'")
+    await until(other, f"SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = {session}")
+    return await error_of(one.execute("SELECT 1"))
+
+
 Reproduction = Callable[[asyncpg.Connection, asyncpg.Connection], Awaitable[BaseException]]
 
 
@@ -254,6 +300,10 @@ Reproduction = Callable[[asyncpg.Connection, asyncpg.Connection], Awaitable[Base
         ("transient", "25006", read_only),
         # Depends on whether the answer is there before the question.
         ("transient", "25P03 08003 client_error interface_error", idle_in_transaction),
+        ("transient", "57P05 08003 client_error interface_error", idle_session),
+        ("transient", "25P04 08003", transaction_timeout),
+        ("transient", "53400", no_room),
+        ("transient", "58P01", no_file),
         ("transient", "53100", disk_full),
         ("transient", "57P03", starting),
         ("race", "23505", unique),
@@ -268,6 +318,9 @@ Reproduction = Callable[[asyncpg.Connection, asyncpg.Connection], Awaitable[Base
         ("permanent", "54000", too_long_for_an_index),
         ("fatal", "42P01", no_table),
         ("fatal", "42501", no_right),
+        ("fatal", "42703", no_column),
+        ("fatal", "3F000", no_schema),
+        ("fatal", "26000", no_statement),
         ("fatal", "XX001", internal),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -299,12 +352,8 @@ async def test_every_failure_means_what_the_table_says(
         ("transient", "40003", asyncpg.StatementCompletionUnknownError()),
         ("transient", "53200", asyncpg.OutOfMemoryError()),
         ("transient", "58030", asyncpg.PostgresIOError()),
-        ("transient", "25P04", asyncpg.TransactionTimeoutError()),
         ("transient", "interface_error", asyncpg.InterfaceError("pool is closing")),
         ("permanent", "InterfaceError", asyncpg.InterfaceError("the server expects 2 arguments for this query, 1 was passed")),
-        ("fatal", "28P01", asyncpg.InvalidPasswordError()),
-        ("fatal", "3D000", asyncpg.InvalidCatalogNameError()),
-        ("fatal", "42703", asyncpg.UndefinedColumnError()),
         ("permanent", "InvariantViolated", InvariantViolated("x")),
         ("permanent", "TypeError", TypeError("Integer exceeds 64-bit range")),
         ("permanent", "KeyError", KeyError("x")),
@@ -331,6 +380,40 @@ async def test_a_server_without_a_free_connection_is_waited_for(
         await owner.execute(f"DROP ROLE {login}")
 
     assert classify(error) == ("transient", "53300")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "cause", "login", "database"),
+    [
+        ("fatal", "28000", "locked:tests", None),
+        ("fatal", "28P01", "locked:wrong", None),
+        ("fatal", "3D000", None, "nothing"),
+        # A database that is being copied, upgraded or dropped: nothing of it is a record's fault.
+        ("transient", "55000", None, "closed"),
+    ],
+)
+async def test_what_is_said_at_the_door(
+    database_url: str,
+    owner: asyncpg.Connection,
+    verdict: str,
+    cause: str,
+    login: str | None,
+    database: str | None,
+) -> None:
+    """No right to log in, a wrong password, no such database, and one that lets nobody in for now."""
+    parts, name = urlsplit(database_url), f"tests_{secrets.token_hex(6)}"
+    await owner.execute(f"CREATE ROLE {name} NOLOGIN PASSWORD 'tests'")
+    await owner.execute(f"CREATE DATABASE {name} ALLOW_CONNECTIONS false")
+    try:
+        path = {"nothing": "/nothing", "closed": f"/{name}", None: parts.path}[database]
+        who = f"{login.replace('locked', name)}@{parts.hostname}:{parts.port}" if login else ""
+        url = urlunsplit(parts._replace(netloc=who or parts.netloc, path=path))
+        error = await error_of(asyncpg.connect(url))
+    finally:
+        await owner.execute(f"DROP DATABASE {name}")
+        await owner.execute(f"DROP ROLE {name}")
+
+    assert classify(error) == (verdict, cause), repr(error)
 
 
 async def test_a_pool_without_a_free_connection_is_waited_for(pool: asyncpg.Pool) -> None:

@@ -28,6 +28,7 @@ TRANSIENT_CODES = frozenset(
         "25006",  # read-only transaction: a failover is going on
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction took too long
+        "55000",  # the database lets nobody in for now: it is being copied or upgraded
         "55P03",  # lock not available in time
     }
 )
@@ -42,6 +43,7 @@ RACE_CODES = frozenset(
 # The deployment is wrong, or the database is damaged: every record would fail, so none may be given up for it.
 FATAL_CLASSES = frozenset(
     {
+        "26",  # no such prepared statement: a pooler that forgets them stands between us and the database
         "28",  # not allowed to log in
         "3D",  # no such database
         "3F",  # no such schema
