@@ -8,6 +8,7 @@ import pytest
 
 from workers.ledger.commands import Action, Command, Link, LinkIdentities, MergeAccounts
 from workers.ledger.execute import Execution
+from workers.ledger.outcomes import APPLIED
 
 from .kit import (
     ANN,
@@ -287,12 +288,15 @@ def test_a_refused_command_links_nothing() -> None:
 
 
 def test_a_duplicate_links_all_the_same() -> None:
-    """A second sign-up that brings no other news may bring an external id."""
+    """A second sign-up that brings no other news may bring an external id. It is no duplicate if that moves something: an
+    entry is of a command that was applied.
+    """
     ledger = Ledger()
     ledger.given(register(), grant(5, to=X))
     execution = link(ledger, action=register())
 
     assert ledger.do(register()) == "duplicate"
+    assert execution.decisions[0].outcome == APPLIED
     assert stands(execution)
     assert is_part_of(ledger, X, ANN)
 

@@ -223,14 +223,12 @@ INVARIANTS = {
     "what is clawed is the sum of its parts": """
         SELECT p.purchase_key, p.clawed, p.clawed_parts FROM purchases p
         WHERE p.clawed <> (SELECT coalesce(sum((part ->> 1)::bigint), 0) FROM jsonb_array_elements(p.clawed_parts) part)""",
-    # A command may only tell whose an id is, and be a duplicate for the rest: what the id had gathered moves.
     "an entry is an applied command's or time's": """
         SELECT e.account_id, e.version, e.kind, c.outcome FROM entries e LEFT JOIN commands c USING (transaction_id)
         WHERE CASE e.cause ->> 'source' WHEN 'clock' THEN c.key IS NOT NULL
               ELSE (c.scope, c.type, c.key) IS DISTINCT FROM
                    (e.cause ->> 'source', e.cause ->> 'type', e.cause ->> 'idempotency_key')
-                   OR c.outcome = 'rejected'
-                   OR c.outcome = 'duplicate' AND e.kind NOT IN ('merge', 'debt_payment') END""",
+                   OR c.outcome <> 'applied' END""",
     "every row has its account": """
         SELECT e.account_id FROM entries e LEFT JOIN accounts a USING (account_id) WHERE a.account_id IS NULL
         UNION SELECT l.account_id FROM lots l LEFT JOIN accounts a USING (account_id) WHERE a.account_id IS NULL

@@ -114,6 +114,10 @@ def _decide_once(writer: Writer, command: Command) -> Decision:
     merged: tuple[tuple[str, str], ...] = ()
     if len(writer.merged) > before:  # an account is merged once, so what is new comes last
         merged = tuple(islice(writer.merged.items(), before, None))
+        if outcome == DUPLICATE:
+            outcome = (
+                APPLIED  # it said nothing new but whose an id is, and what that had gathered moved
+            )
     return Decision(command, outcome, transaction.id(writer.ids), links, merged)
 
 
