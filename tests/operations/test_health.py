@@ -152,9 +152,25 @@ async def test_a_paid_account_that_spent_its_last_credit_is_no_problem(
 
     check = await deployment.found("paid_without_credits")
 
-    assert (check.state, check.found) == ("ok", 1)
+    assert (check.state, check.found) == ("ok", 0)
     assert check.findings[0].account_id == "user:ada"
     assert "1 have spent all they had" in check.message
+
+
+async def test_those_who_spent_never_hide_those_who_got_nothing(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where not all can be judged, who never had a credit comes first; and nothing found in a part is not called well."""
+    spent = [grant("zoe", 4), complete("g1", "zoe", kind="image")]
+    await deployment.apply(register("zoe"), register("bob"), *spent, grant("bob", 4))
+    await deployment.apply(complete("g2", "bob", kind="image"))
+    monkeypatch.setattr(module, "EMPTY_MAX", 2)
+    assert (await deployment.found("paid_without_credits")).state == "unknown"
+
+    await deployment.apply(register("ada"))
+
+    check = await deployment.found("paid_without_credits")
+    assert (check.state, check.findings[0].account_id) == ("critical", "user:ada")
 
 
 @pytest.mark.parametrize(
@@ -341,6 +357,19 @@ async def test_what_waits_past_half_of_its_deadline_is_a_warning(deployment: Dep
     assert "cus_first" in check.findings[0].message
 
 
+async def test_messages_beyond_those_that_were_read_are_not_called_well(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what the rest waits for."""
+    await deployment.apply(pack("cs_1", "cus_first"), pack("cs_2", "cus_second"))
+    await deployment.owner.execute("UPDATE parked SET provider = 'stripe_api'")
+    assert (await deployment.look()).healthy
+    monkeypatch.setattr(module, "ROWS_MAX", 2)
+    health = await deployment.look()
+    unknown = {check.name for check in health.checks if check.state == "unknown"}
+    assert unknown == {"unmapped_ids", "parked", "lag"}
+
+
 async def test_a_row_that_nobody_publishes_is_a_warning(deployment: Deployment) -> None:
     """By the age of the oldest, with its account; a fresh one is a ledger at work."""
     await deployment.ledger.apply([grant("ada", 5)])
@@ -377,6 +406,20 @@ async def test_dead_letters_are_a_warning_by_reason(deployment: Deployment) -> N
     assert (check.state, check.found) == ("warning", 2)
     assert check.message == "2 dead letters: 2 malformed"
     assert check.findings[0].message.startswith("2 malformed: ")
+
+
+async def test_many_dead_letters_do_not_hide_one_of_another_reason(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reason is counted for itself."""
+    monkeypatch.setattr(module, "ROWS_MAX", 2)
+    await deployment.apply(*(record("booking.events", b"{", {}) for _ in range(4)))
+    await deployment.owner.execute(
+        "UPDATE dead_letters SET reason = 'unresolved' WHERE dead_letter_id = (SELECT max(dead_letter_id) FROM dead_letters)"
+    )
+    health = await deployment.look()
+    (check,) = (check for check in health.checks if check.name == "dead_letters")
+    assert check.message == "3 dead letters: at least 2 malformed, 1 unresolved"
 
 
 # -- processes ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import asyncpg
 
+from workers.operations.dead_letters import REASONS
 from workers.operations.lag import Unanswered, lags
 from workers.settings import INBOUND_TOPICS, Settings
 from workers.store.load import Connection
@@ -33,6 +34,8 @@ FINDINGS_MAX = 10
 # No question reads more rows than so many; beyond it a count says "at least".
 ROWS_MAX = 10_000
 OUTBOX_ROWS_MAX = 100_000
+# Each of them costs twenty microseconds.
+EMPTY_MAX = 50_000
 # Accounts whose books are looked at, those that changed last; and how many entries of each.
 CHANGES_MAX, LAST_ENTRIES = 5_000, 20
 
@@ -68,7 +71,9 @@ class Finding(View):
 
 
 class Check(View):
-    """What one question came to. `found` counts all that needs a hand or is worth knowing, `findings` tells some."""
+    """What one question came to. `findings` tells some of what was found, the worst first; `found` counts paid accounts that
+    lack credits, refusals, findings of the books, late things, rows in the outbox, messages, dead letters.
+    """
 
     name: str
     state: State
@@ -93,13 +98,15 @@ class Health(View):
 _NOW = "SELECT clock_timestamp()"
 _SET = "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)"
 
-# Paid accounts without a credit, with what took the last one and the running period.
+# Paid accounts without a credit, with what took the last one and the running period: first those that never had any, then
+# those that changed last.
 PAID_WITHOUT_CREDITS = """
 WITH empty AS MATERIALIZED (
-    SELECT account_id, tier, debt, version FROM accounts
-    WHERE tier <> 'free' AND subscription = 0 AND purchased = 0 AND state = 'open' LIMIT $1
+    SELECT account_id, tier, debt FROM accounts
+    WHERE tier <> 'free' AND subscription = 0 AND purchased = 0 AND state = 'open'
+    ORDER BY version > 0, updated_at DESC LIMIT $1
 )
-SELECT e.account_id, e.tier, e.debt, e.version, last.kind, last.recorded_at, s.subscription_id, s.period_start,
+SELECT e.account_id, e.tier, e.debt, last.kind, last.recorded_at, s.subscription_id, s.period_start,
        s.period_end
 FROM empty e
 LEFT JOIN LATERAL (
@@ -109,7 +116,6 @@ LEFT JOIN LATERAL (
     SELECT subscription_id, period_start, period_end FROM subscriptions
     WHERE account_id = e.account_id AND status IN ('trialing', 'active', 'past_due')
     ORDER BY period_start DESC NULLS LAST LIMIT 1) s ON true
-ORDER BY e.account_id
 """
 
 # In the order of their numbers, which is that in which they were parked.
@@ -214,8 +220,11 @@ FROM heartbeats ORDER BY worker_id LIMIT 1000
 
 PATROL = "SELECT extract(epoch FROM clock_timestamp() - read_until)::float8 FROM patrol"
 
+# Of each reason so many: a thousand forged signatures must not hide the one payment that was not applied.
 DEAD_LETTERS = """
-SELECT dead_letter_id, reason FROM dead_letters WHERE state = 'dead' ORDER BY state, reason LIMIT $1
+SELECT d.dead_letter_id, r.reason FROM unnest($1::text[]) AS r (reason)
+CROSS JOIN LATERAL (
+    SELECT dead_letter_id FROM dead_letters d WHERE d.state = 'dead' AND d.reason = r.reason LIMIT $2) d
 """
 
 
@@ -321,33 +330,51 @@ def _check(
 async def _paid_without_credits(asking: _Asking) -> Check:
     # Accounts have no index by tier: they are read whole, by several processes of the server where it may.
     await asking.connection.execute("SET LOCAL enable_seqscan = on")
-    rows = await asking.connection.fetch(PAID_WITHOUT_CREDITS, ROWS_MAX)
-    findings = [_without_credits(row, asking.now) for row in rows]
-    critical = sum(finding.state == "critical" for finding in findings)
-    more = _at_least(len(rows))
-    message = f"{more}{critical:,} paid accounts have no credits and did not spend them"
+    rows = await asking.connection.fetch(PAID_WITHOUT_CREDITS, EMPTY_MAX)
+    critical: list[Finding] = []
+    spent: list[Finding] = []
+    for row in rows:
+        told = unspent(
+            row["kind"],
+            row["recorded_at"],
+            row["period_start"],
+            row["period_end"],
+            row["debt"],
+            asking.now,
+        )
+        state: State = "critical" if told else "ok"
+        listed = critical if told else spent
+        if len(listed) < FINDINGS_MAX or told:
+            about = f"tier {row['tier']}, 0 credits: {told or 'all spent'}"
+            account = row["account_id"]
+            listed.append(
+                Finding(state=state, account_id=account, subject="account", message=about)
+            )
+    all_judged = len(rows) < EMPTY_MAX
+    message = f"{len(critical):,} paid accounts have no credits and did not spend them"
     if not critical:
         message = "no paid account lacks credits that it should have"
-    if len(rows) > critical:
-        message += f"; {more}{len(rows) - critical:,} have spent all they had"
-    return _check(
+    if len(rows) > len(critical):
+        message += f"; {len(rows) - len(critical):,} have spent all they had"
+    if not all_judged:
+        message += (
+            f" (judged: {EMPTY_MAX:,} without credits, those that changed last; there are more)"
+        )
+    check = _check(
         "paid_without_credits",
         message,
-        findings,
+        [*critical, *spent],
         "credits check ACCOUNT; credits grant when Stripe says that it paid",
+        found=len(critical),
     )
+    return _unless_unseen(check, all_judged)
 
 
-def _without_credits(row: asyncpg.Record, now: datetime) -> Finding:
-    told = unspent(
-        row["kind"], row["recorded_at"], row["period_start"], row["period_end"], row["debt"], now
-    )
-    return Finding(
-        state="critical" if told else "ok",
-        account_id=row["account_id"],
-        subject="account",
-        message=f"tier {row['tier']}, 0 credits: {told or 'all spent'}",
-    )
+def _unless_unseen(check: Check, all_seen: bool) -> Check:
+    """Nothing found in a part is no "well" of the whole."""
+    if all_seen or check.state != "ok":
+        return check
+    return check.model_copy(update={"state": "unknown"})
 
 
 def unspent(
@@ -467,12 +494,13 @@ async def _unmapped_ids(asking: _Asking) -> Check:
         ids = len({(row["provider"], row["waits_for"]) for row in unmapped})
         oldest = _since(asking.now - unmapped[0]["parked_at"])
         message = f"{_at_least(len(rows))}{len(unmapped):,} messages wait for {ids:,} unmapped ids, the oldest for {oldest}"
-    return _check(
+    check = _check(
         "unmapped_ids",
         message,
         findings,
         "publish user.linked for the id, or user.created with it in external_ids",
     )
+    return _unless_unseen(check, len(rows) < ROWS_MAX)
 
 
 async def _parked(asking: _Asking) -> Check:
@@ -482,12 +510,13 @@ async def _parked(asking: _Asking) -> Check:
     message += f", {len(late):,} past half of their deadline" if late else ""
     if not rows:
         message = "no message is parked"
-    return _check(
+    check = _check(
         "parked",
         message,
         [_waiting(row, asking.now) for row in late],
         "give them what they wait for: after the deadline they are dead letters (unresolved)",
     )
+    return _unless_unseen(check, len(rows) < ROWS_MAX)
 
 
 def _waiting(row: asyncpg.Record, now: datetime) -> Finding:
@@ -537,23 +566,26 @@ def _age(id_: UUID, now: datetime) -> timedelta | None:
 
 
 async def _dead_letters(asking: _Asking) -> Check:
-    rows = await asking.connection.fetch(DEAD_LETTERS, ROWS_MAX)
+    rows = await asking.connection.fetch(DEAD_LETTERS, list(REASONS), ROWS_MAX)
     numbers: dict[str, list[int]] = {}
     for row in rows:
         numbers.setdefault(row["reason"], []).append(row["dead_letter_id"])
+    counts = {
+        reason: f"{_at_least(len(ids))}{len(ids):,} {reason}"
+        for reason, ids in sorted(numbers.items())
+    }
     findings = [
         Finding(
             state="warning",
             account_id=None,
             subject=reason,
-            message=f"{len(ids):,} {reason}: {', '.join(map(str, ids[:5]))}{', …' if len(ids) > 5 else ''}",
+            message=f"{count}: {', '.join(map(str, sorted(numbers[reason])[:5]))}{', …' if len(numbers[reason]) > 5 else ''}",
         )
-        for reason, ids in sorted(numbers.items())
+        for reason, count in counts.items()
     ]
     message = "no dead letter waits for a person"
     if rows:
-        by_reason = ", ".join(f"{len(ids):,} {reason}" for reason, ids in sorted(numbers.items()))
-        message = f"{_at_least(len(rows))}{len(rows):,} dead letters: {by_reason}"
+        message = f"{len(rows):,} dead letters: {', '.join(counts.values())}"
     next_ = "credits dead list; mend the cause; credits dead replay"
     return _check("dead_letters", message, findings, next_, found=len(rows))
 
