@@ -302,6 +302,13 @@ async def test_a_period_that_granted_nothing_is_a_problem(world: World) -> None:
     assert "sub_1 granted nothing for its period" in answer.message
 
 
+async def test_a_month_that_is_overdue_is_a_problem(world: World) -> None:
+    """A yearly plan grants its months at their instants: one that did not come is missing."""
+    await world.subscribe()
+    await world.spoil("UPDATE accounts SET allocate_at = now() - interval '5 min'")
+    assert "a month of its yearly plan is due" in (await world.problem("reasonable")).message
+
+
 async def test_a_paid_person_with_nothing_unspent_is_a_problem(world: World) -> None:
     """The credits went otherwise than by spending."""
     await world.apply(register("ada"), link("ada", "stripe", "cus_1"), grant("ada", 9))

@@ -45,6 +45,8 @@ STRIPE = "stripe"
 RESOLVED = "resolved_supabase_user_id"
 # Stripe says that a period is over, and which one follows, within the hour.
 LATE = timedelta(hours=3)
+# The clock grants a month within five seconds.
+CLOCK = timedelta(seconds=30)
 _QUESTIONS: tuple[Name, ...] = (
     "exists",
     "mapped",
@@ -385,6 +387,13 @@ def _reasonable(person: _Person) -> Answer:
                 message=f"{running['subscription_id']} granted nothing for its period since {_minute(begins)}",
                 next="is its invoice paid? Resend invoice.paid; credits dead list; credits health (parked)",
             )
+    if account["allocate_at"] is not None and account["allocate_at"] < now - CLOCK:
+        return Answer(
+            name="reasonable",
+            state="problem",
+            message=f"{total:,} credits, and a month of its yearly plan is due since {_minute(account['allocate_at'])}",
+            next="look after the workers (credits health); credits expire grants it now",
+        )
     if total == 0:
         told = unspent(account["last_kind"], account["last_at"], begins, ends, account["debt"], now)
         if told:

@@ -28,7 +28,7 @@ State: TypeAlias = Literal["ok", "unknown", "warning", "critical"]
 HEALTH_SECONDS_MAX = 5.0
 # What all questions to the database may take together, and each of them.
 ASKING_SECONDS_MAX, QUESTION_SECONDS_MAX = 4.0, 2.0
-KAFKA_SECONDS_MAX = 4.0
+KAFKA_SECONDS_MAX = 3.5
 # What is told of one check; all that was found is counted.
 FINDINGS_MAX = 10
 # No question reads more rows than so many; beyond it a count says "at least".
@@ -585,7 +585,7 @@ async def _dead_letters(asking: _Asking) -> Check:
     ]
     message = "no dead letter waits for a person"
     if rows:
-        message = f"{len(rows):,} dead letters: {', '.join(counts.values())}"
+        message = f"{_number(len(rows), 'dead letter')}: {', '.join(counts.values())}"
     next_ = "credits dead list; mend the cause; credits dead replay"
     return _check("dead_letters", message, findings, next_, found=len(rows))
 
@@ -617,7 +617,7 @@ async def _workers(asking: _Asking) -> Check:
         for row in rows
         if not row["live"]
     ]
-    message = f"{len(live):,} workers live"
+    message = f"{_number(len(live), 'live worker')}"
     message += f"; nobody consumes {', '.join(idle)}" if idle else ""
     return _check("workers", message, findings, "start one: credits worker, or credits up")
 
@@ -709,6 +709,10 @@ def _verdict(checks: Iterable[Check]) -> str:
 
 def _at_least(rows: int) -> str:
     return "at least " if rows >= ROWS_MAX else ""
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _since(age: timedelta) -> str:
