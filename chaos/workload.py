@@ -417,7 +417,7 @@ class Upstream:
                 headers = [("stripe-signature", b"t=1,v1=00")]
                 broken = forged._replace(headers=headers, reasons=("bad_signature",))
             case 3:
-                told = self._event(ACCOUNT, "user.closed", user_id=self._user())
+                told = self._event(ACCOUNT, "user.created.v2", user_id=self._user())
                 broken = told._replace(reasons=("unsupported_version",))
             case _:
                 value = self._random.choice(hostile)

@@ -10,7 +10,14 @@ from chaos.campaign import Plan
 SECONDS = 25
 RATE = 150.0
 
-pytestmark = pytest.mark.timeout(240)
+# A new seed each time: what lands must not depend on it before the campaign has been long without a finding of its own.
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(
+        "CREDITS_TEST_FAULTS" not in os.environ,
+        reason="kills real processes under a new seed each time: CREDITS_TEST_FAULTS=1, or `make chaos`",
+    ),
+]
 
 
 def test_a_short_campaign_breaks_nothing_that_is_promised():

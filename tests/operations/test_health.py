@@ -374,7 +374,8 @@ async def test_a_row_that_nobody_publishes_is_a_warning(deployment: Deployment) 
     """By the age of the oldest, with its account; a fresh one is a ledger at work."""
     await deployment.ledger.apply([grant("ada", 5)])
     assert (await deployment.found("outbox")).state == "ok"
-    old = f"{int((NOW - timedelta(minutes=5)).timestamp() * 1000):012x}7000800000000000{'0' * 4}"
+    made = datetime.now(UTC) - timedelta(minutes=5)
+    old = f"{int(made.timestamp() * 1000):012x}7000800000000000{'0' * 4}"
     await deployment.owner.execute("UPDATE outbox SET id = $1::uuid", old)
 
     check = await deployment.found("outbox")

@@ -15,7 +15,10 @@ from .process import world_at
 from .sweep import Sweep
 
 TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
-SEED = int(os.environ.get("CREDITS_TEST_SEED", "0")) or random.SystemRandom().randrange(1, 10**9)
+# The ordinary sample is the same every time; a campaign draws anew.
+SEED = int(os.environ.get("CREDITS_TEST_SEED", "0")) or (
+    20261121 if TIMES_AS_MANY == 1 else random.SystemRandom().randrange(1, 10**9)
+)
 WHOLE = TIMES_AS_MANY >= 10
 DEATHS = 2 * TIMES_AS_MANY
 
