@@ -268,7 +268,8 @@ class Schedule:
         dice = self._dice
         known: list[tuple[Work, Fate]] = []
         for number in range(RECORDS):
-            if known and dice.random() < self.mix.resent:
+            # The first of all say who is who, so that nothing waits for that in the end.
+            if number >= len(USERS) and dice.random() < self.mix.resent:
                 work, fate = dice.choice(known)
                 self._told.resent += 1
             else:
