@@ -23,7 +23,7 @@ PROCESS_KILLS = (
     "database_killed",
 )
 MUTANTS = ("<!-- mutants: begin -->", "<!-- mutants: end -->")
-NO_MUTANTS = "The table is written by the test of the mutants."
+NO_MUTANTS = "`tests/simulation/test_mutants.py` plants them and prints their table."
 KINDS = {
     "worker_killed": "`kill -9` of a worker",
     "all_workers_killed": "`kill -9` of all workers at once (each counted)",
