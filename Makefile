@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
 
+# Each starts a PostgreSQL and a Kafka of its own; the tests of one file stay together.
+TEST_PROCESSES ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help run env test check format bench chaos clean
 
@@ -18,7 +21,7 @@ env: $(STAMP) ## Make .venv and fetch the embedded servers
 	@$(BIN)/python -m workers.embedded fetch
 
 test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift
 	@$(BIN)/ruff format --check .
