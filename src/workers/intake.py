@@ -7,6 +7,8 @@ worker says that it is not ready, and why. Time goes on: holds, expiry and month
 operators' commands are applied, since what they write is little.
 """
 
+from __future__ import annotations
+
 import asyncio
 from typing import Protocol
 

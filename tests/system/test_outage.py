@@ -152,7 +152,6 @@ async def test_a_standby_is_not_written_to_and_nothing_is_lost(world: World) -> 
         async with world.database.acquire() as connection:
             await connection.execute("SET default_transaction_read_only = off")
             await connection.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
-    await end_sessions(world)
 
     await world.applied(*ids)
     assert (await world.balance(f"user:{user}"))["total"] == 33
