@@ -33,7 +33,8 @@ MAX_POLL_INTERVAL_MS = 15_000 if OUTAGE_SECONDS > 30 else 3_000
 EVENTS_PER_SECOND = 300 if LONG else 150
 # Servers that are away are told by readiness within this: its own patience, and what a loaded machine adds.
 NOTICED_SECONDS = 4.0 if OUTAGE_SECONDS < 30 else 15.0
-RECOVERY_SECONDS_MAX = 120.0
+# What was missed is worked off within this; a machine that is shared with others takes its time.
+RECOVERY_SECONDS_MAX = 120.0 + 5 * OUTAGE_SECONDS
 RICH, TEMPLATE, PARTITIONS = "rich", "credits", 3
 SEND_SECONDS, SENT_TOGETHER = 5.0, 200
 
@@ -263,8 +264,9 @@ async def test_servers_that_are_away_under_load_cost_nothing(
         async with asyncio.timeout(RECOVERY_SECONDS_MAX):
             await eventually(lambda: _all(probes, {200}), within=RECOVERY_SECONDS_MAX)
             ready = time.monotonic()
-            made = list(load.ids)
-            await world.answered(*made)
+            made = deque(load.ids)
+            count = len(made)
+            await world.until(lambda: _answered(world, made), within=RECOVERY_SECONDS_MAX)
         drained = time.monotonic()
         for name in urls:
             assert probes.between(gone + NOTICED_SECONDS, healing, name, "/readyz") == {503}, server
@@ -272,8 +274,8 @@ async def test_servers_that_are_away_under_load_cost_nothing(
         assert await world.dead() == {}
         _tell(
             f"{server} away for {healing - gone:.1f} s ({during - before} events made meanwhile; server back after "
-            f"{healed - healing:.1f} s more): ready {ready - healed:.1f} s and all {len(made)} events answered "
-            f"{drained - healed:.1f} s after it was back"
+            f"{healed - healing:.1f} s more): ready {ready - healed:.1f} s and all {count} events answered "
+            f"{drained - healed:.1f} s after it was back; retries by cause: {_retries(worker)}"
         )
 
     load.end()
@@ -285,6 +287,17 @@ async def test_servers_that_are_away_under_load_cost_nothing(
     _tell(
         f"{len(load.ids)} events, {dict(load.kinds)}; {load.repeats} sends repeated; lost 0, twice 0"
     )
+
+
+def _answered(world: World, ids: deque[str]) -> bool:
+    """Whether each of these has an answer; those that have are forgotten."""
+    while ids and world.answers.get(ids[-1]):
+        ids.pop()
+    return not ids
+
+
+def _retries(worker: Process) -> dict[str, int]:
+    return dict(Counter(line["cause"] for line in worker.logs.of("batch_retried")))
 
 
 def _tell(figures: str) -> None:

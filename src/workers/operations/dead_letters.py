@@ -215,7 +215,7 @@ async def replay_slowly(
         ids = [row[0] for row in await pool.fetch(_WAITING, reason)]
     moved: list[int] = []
     unmoved: dict[int, State | None] = {}
-    step = min(rate, REPLAY_LETTERS_MAX)
+    step = min(max(1, rate // 10), REPLAY_LETTERS_MAX)
     clock = asyncio.get_running_loop().time
     due = clock()
     for start in range(0, len(ids), step):
