@@ -19,7 +19,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from workers import telemetry
-from workers.batch import Ledger, Report
+from workers.batch import Ledger, Report, TooManyRefused
 from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe
@@ -55,6 +55,7 @@ START_BACKOFF_SECONDS = 1.0
 # How long a part may take to end before it is told again, and how often it is told.
 CANCEL_SECONDS, CANCELS_MAX = 1.0, 10
 PROBLEMS_TOLD_MAX = 10
+ALERT_SECONDS = 3.0
 
 
 class NotReady(Exception):  # noqa: N818 - a state that waiting ends
@@ -171,6 +172,17 @@ class Worker:
     def _hear(self, server: str) -> None:
         self._heard[server] = asyncio.get_running_loop().time()
 
+    async def tell_fault(self) -> None:
+        """Alert people to a fault that no new start mends. The log has it too, should the alert not be written."""
+        error = self._faulty.exception() if self._faulty.done() else None
+        if not isinstance(error, TooManyRefused):
+            return
+        message = f"MANUAL FIX REQUIRED: the database refuses record after record, so the worker stopped: {error}"
+        alert = Alert("manual_fix_required", None, message, {"worker_id": str(self._id)}, {})
+        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            async with asyncio.timeout(ALERT_SECONDS):
+                self._applied(await self._ledger.tell(alert))
+
     async def failed(self) -> None:
         """Wait for the first fault of our own, and raise it."""
         await self._faulty
@@ -247,7 +259,11 @@ class Worker:
         """Tell in the database that this worker lives and what it consumes."""
         clock = asyncio.get_running_loop().time
         trusted_until = clock() + SAFETY_SECONDS
+        told: str | None = ""
         while True:
+            if (why := self.unready()) != told:
+                log.info("readiness", ready=why is None, why=why)
+                told = why
             topics = self._consumer.consumed_topics() if self._hears("kafka") else []
             self._consumer.observe_lag()
             telemetry.POOL_IN_USE.set(self._pool.get_size() - self._pool.get_idle_size())
@@ -344,6 +360,7 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
         finally:
             stopping.cancel()
             await probes.stop()
+            await worker.tell_fault()
             await worker.stop()
         if failing.done():
             failing.result()
