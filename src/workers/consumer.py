@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
@@ -50,6 +51,8 @@ HEARTBEAT_MS = 2_000
 PATIENCE_SECONDS = 10.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.05, 2.0
 PROBE_SECONDS = 1.0
+# The leader of a partition that is ours answers a small question within this, or the broker is away.
+BROKER_SECONDS = 3.0
 TIMESTAMP_MAX = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 # How long a rebalance waits for the batch in flight, so that its records need not be read twice.
 REVOKE_SECONDS = 5.0
@@ -60,6 +63,17 @@ REBALANCE_MS = 15_000
 # A batch that is being applied when the worker stops may take so long to finish; else Kafka brings it again. Whoever
 # stops workers must wait a little longer than this before killing them.
 STOP_SECONDS = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a consumer leaves when it stops: of the batches that it was applying, those that ended committed and those that
+    did not, and the offset that follows the last record that it committed, by topic and partition.
+    """
+
+    finished: int
+    rolled_back: int
+    offsets: dict[str, dict[str, int]]
 
 
 class Consumer:
@@ -81,6 +95,9 @@ class Consumer:
         self._on_fault = on_fault
         self._prefix = len(settings.topic_prefix)
         self._stalled = False
+        self._held = False
+        # A batch that waits for the database must not cost the group: the worker polls again long before that.
+        self._patience_seconds = min(PATIENCE_SECONDS, settings.max_poll_interval_ms / 3000)
         self._probe: asyncio.Task[None] | None = None
         options = kafka_options(settings)
         self._broker = KafkaBroker(
@@ -105,17 +122,44 @@ class Consumer:
         config.builder = partial(Reader, **cast("partial[Any]", config.builder).keywords)
         await self._broker.start()
 
-    async def stop(self) -> None:
-        """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups."""
+    async def stop(self) -> "Left":
+        """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups; what became of them."""
         if self._probe is not None:
             self._probe.cancel()
+        in_flight = [name for name, one in self._subscriptions.items() if one.busy]
         await self._broker.stop()
+        rolled_back = [name for name in in_flight if not self._subscriptions[name].committed_last]
+        return Left(
+            finished=len(in_flight) - len(rolled_back),
+            rolled_back=len(rolled_back),
+            offsets={name: one.offsets for name, one in self._subscriptions.items() if one.offsets},
+        )
 
     def consumed_topics(self) -> list[str]:
         """The topics of which this worker has partitions and takes records; none while it is stalled."""
-        if self._stalled:
+        if self.paused:
             return []
         return [name for name, subscription in self._subscriptions.items() if subscription.assigned]
+
+    def idle_because(self) -> str | None:
+        """Why no record is taken, in a few words; None while records are taken."""
+        if self._stalled:
+            return "the database is away"
+        if self._held:
+            return "the outbox is full"
+        return None if self.consumed_topics() else "no partition is assigned"
+
+    async def broker_answers(self) -> bool:
+        """Whether the broker answers. Without a partition nobody asks it, and nothing is consumed anyway."""
+        for subscription in self._subscriptions.values():
+            for partition in subscription.assigned:
+                try:
+                    async with asyncio.timeout(BROKER_SECONDS):
+                        await subscription.consumer.end_offsets([partition])
+                except (KafkaError, OSError, TimeoutError, IllegalStateError):
+                    return False
+                return True
+        return True
 
     def observe_lag(self) -> None:
         """Publish how far behind each topic is."""
@@ -146,12 +190,13 @@ class Consumer:
             else:
                 self._on_fault(error)
             return
+        self._subscriptions[name].take_note(last)
         await _commit(consumer, last)
         self._tell(name, batch, last, report, time.perf_counter() - started)
 
     async def _with_patience(self, works: Sequence[Work]) -> Report:
         """Try a batch until it is committed or patience ends. Raises what it failed with last."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + self._patience_seconds
         backoff = BACKOFF_SECONDS_MIN
         while True:
             try:
@@ -228,8 +273,7 @@ class Consumer:
             await asyncio.sleep(PROBE_SECONDS)
         self._stalled = False
         telemetry.STALLED.set(0)
-        for subscription in self._subscriptions.values():
-            subscription.resume()
+        self._resume()
         log.info("resumed")
 
     def _probe_ended(self, probe: asyncio.Task[None]) -> None:
@@ -237,10 +281,30 @@ class Consumer:
         if not probe.cancelled() and (error := probe.exception()) is not None:
             self._on_fault(error)
 
+    # -- when there is no room for what records lead to -------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take no more records until `let_go`; those in hand are applied. Polling goes on. Idempotent."""
+        self._held = True
+        telemetry.HELD.set(1)
+        for subscription in self._subscriptions.values():
+            subscription.pause()
+
+    def let_go(self) -> None:
+        """Take records again, unless the database is away. Idempotent."""
+        self._held = False
+        telemetry.HELD.set(0)
+        self._resume()
+
+    def _resume(self) -> None:
+        if not self.paused:
+            for subscription in self._subscriptions.values():
+                subscription.resume()
+
     @property
-    def stalled(self) -> bool:
-        """Whether consumption is paused for the database."""
-        return self._stalled
+    def paused(self) -> bool:
+        """Whether no records are taken: the database is away, or what they lead to has no room."""
+        return self._stalled or self._held
 
 
 class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
@@ -252,6 +316,8 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         self._subscriber: Any = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self.committed_last = True
+        self.offsets: dict[str, int] = {}
 
     def subscribe(self, broker: KafkaBroker) -> None:
         settings = self._owner._settings  # noqa: SLF001 - two halves of one object
@@ -279,12 +345,27 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
     async def _handle(self, batch: Sequence[ConsumerRecord[Any, Any]]) -> None:
         consumer = self._subscriber.consumer
         self._idle.clear()
+        self.committed_last = False
         try:
             await self._owner.apply(self._name, consumer, batch)
         except Exception as error:  # FastStream would log it and go on with the next batch
             self._owner._on_fault(error)  # noqa: SLF001 - two halves of one object
         finally:
             self._idle.set()
+
+    def take_note(self, last: dict[TopicPartition, int]) -> None:
+        """The batch in flight is in the database, up to these offsets."""
+        self.committed_last = True
+        self.offsets |= {str(one.partition): offset + 1 for one, offset in last.items()}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is being applied."""
+        return not self._idle.is_set()
+
+    @property
+    def consumer(self) -> AIOKafkaConsumer:
+        return self._subscriber.consumer
 
     @property
     def assigned(self) -> set[TopicPartition]:
@@ -316,8 +397,8 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                 await self._idle.wait()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        """New partitions are paused too while the database is away."""
-        if self._owner.stalled and assigned:
+        """New partitions are paused too while no records are taken."""
+        if self._owner.paused and assigned:
             self._subscriber.consumer.pause(*assigned)
 
 

@@ -31,8 +31,10 @@ class Probes:
             await asyncio.gather(self._task, return_exceptions=True)
 
 
-async def serve_probes(settings: Settings, *, ready: Callable[[], bool]) -> Probes:
-    """Answer on CREDITS_WORKER_PORT. An event loop that is stuck does not answer, which is what `/livez` asks."""
+async def serve_probes(settings: Settings, *, unready: Callable[[], str | None]) -> Probes:
+    """Answer on CREDITS_WORKER_PORT. An event loop that is stuck does not answer, which is what `/livez` asks; `/readyz`
+    says what `unready` says.
+    """
     if settings.worker_port is None:
         return Probes(None)
 
@@ -40,7 +42,10 @@ async def serve_probes(settings: Settings, *, ready: Callable[[], bool]) -> Prob
         return PlainTextResponse("alive\n")
 
     async def readyz(_request: Request) -> Response:
-        return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
+        why = unready()
+        if why is None:
+            return PlainTextResponse("ready\n")
+        return PlainTextResponse(f"not ready: {why}\n", 503)
 
     async def metrics(_request: Request) -> Response:
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)

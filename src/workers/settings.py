@@ -63,6 +63,8 @@ class Settings(BaseSettings):
     parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
     database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
+    # About half a gigabyte of messages, and a minute's work of several workers.
+    outbox_records_max: Annotated[int, Field(ge=10)] = 500_000
 
     @model_validator(mode="before")
     @classmethod

@@ -134,6 +134,11 @@ POOL_IN_USE = Gauge(
 STALLED = Gauge(
     "credits_stalled", "1 while consumption is paused for the database, else 0.", registry=REGISTRY
 )
+HELD = Gauge(
+    "credits_intake_held",
+    "1 while no records are taken because the outbox is full, else 0.",
+    registry=REGISTRY,
+)
 CATALOGUE_REFUSED = Gauge(
     "credits_catalogue_refused",
     "1 while the catalogue's file cannot be used and what was in force before still is, else 0.",

@@ -1,6 +1,6 @@
 """The worker process: consumer, relay, clock, patrol and parked messages around one ledger, started and stopped as one.
 
-A part that fails for a reason that is our own fault stops the process with that error; whoever supervises it
+It begins only on a database that may be trusted (`store/safety.py`), and looks again after every outage. A part that fails for a reason that is our own fault stops the process with that error; whoever supervises it
 starts it again. SIGTERM and SIGINT end it in order: no new records, the batch in flight, the relay, the pool.
 """
 
@@ -19,10 +19,11 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from workers import telemetry
-from workers.batch import Ledger, Report
+from workers.batch import Ledger, Report, TooManyRefused
 from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe
+from workers.intake import run_intake
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
 from workers.patrol import run_patrol
@@ -34,6 +35,7 @@ from workers.store.database import answers, open_pool
 from workers.store.failures import classify
 from workers.store.ids import new_ids
 from workers.store.migrations import missing_migrations
+from workers.store.safety import refuse_unsafe
 from workers.store.sql import SQL
 from workers.stripe_api import StripeApi, run_fetching
 
@@ -41,6 +43,10 @@ log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 1.0
+# A server that has not answered for so long is away: readiness says so, whether or not anybody needed it meanwhile.
+SILENCE_SECONDS = 4.0
+# How often the database's settings are looked at again while nothing happens to it.
+SAFETY_SECONDS = 60.0
 PARKED_SECONDS = 1.0
 PARKED_MAX = 100
 # A message that is ready and still waits would be claimed again at once: so many rounds, then the next tick.
@@ -49,6 +55,7 @@ START_BACKOFF_SECONDS = 1.0
 # How long a part may take to end before it is told again, and how often it is told.
 CANCEL_SECONDS, CANCELS_MAX = 1.0, 10
 PROBLEMS_TOLD_MAX = 10
+ALERT_SECONDS = 3.0
 
 
 class NotReady(Exception):  # noqa: N818 - a state that waiting ends
@@ -80,12 +87,14 @@ class Worker:
         self._consumer = Consumer(
             settings,
             self._ledger,
-            database_answers=lambda: answers(pool),
+            database_answers=self._database_is_back,
             on_applied=self._applied,
             on_fault=self._fault,
         )
         self._id: UUID = next(new_ids())
         self._linked = asyncio.Event()
+        self._outbox_records_max = settings.outbox_records_max
+        self._heard = {"database": -SILENCE_SECONDS, "kafka": -SILENCE_SECONDS}
         self._faulty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         key = settings.stripe_api_key
@@ -96,6 +105,8 @@ class Worker:
     async def start(self) -> None:
         """Begin to consume, publish and keep time. Raises KafkaError when the broker cannot be reached."""
         await self._consumer.start()
+        for server in self._heard:
+            self._hear(server)
         runs = {
             "relay": self._relay.run(),
             "clock": run_clock(self._ledger, self._applied),
@@ -104,6 +115,10 @@ class Worker:
             ),
             "parked": self._apply_parked(),
             "heartbeat": self._beat(),
+            "broker": self._listen_to_broker(),
+            "intake": run_intake(
+                self._pool, self._consumer, outbox_records_max=self._outbox_records_max
+            ),
         }
         if self._catalogue_file.path is not None:
             runs["catalogue"] = self._watch_catalogue()
@@ -121,17 +136,52 @@ class Worker:
         )
 
     async def stop(self) -> None:
-        """End everything; what was in flight and is not committed, Kafka brings again. Idempotent."""
-        await self._consumer.stop()
+        """End everything, and say what is left; what is not committed, Kafka brings again. Idempotent."""
+        started = asyncio.get_running_loop().time()
+        left = await self._consumer.stop()
         tasks, self._tasks = self._tasks, []
         await _end(tasks)
+        waiting: int | None = None
         with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await self._pool.execute(SQL["stop_beating"], self._id, timeout=2)
-        log.info("worker_stopped", worker_id=str(self._id))
+            waiting = await self._pool.fetchval(
+                SQL["measure_outbox"], self._outbox_records_max, timeout=2
+            )
+        log.info(
+            "worker_stopped",
+            worker_id=str(self._id),
+            batches_finished=left.finished,
+            batches_rolled_back=left.rolled_back,
+            offsets=left.offsets,
+            outbox_records=waiting,
+            duration_ms=round((asyncio.get_running_loop().time() - started) * 1000, 1),
+        )
 
-    def is_ready(self) -> bool:
-        """Whether this worker takes records: it has partitions, and the database is not away."""
-        return bool(self._consumer.consumed_topics()) and not self._faulty.done()
+    def unready(self) -> str | None:
+        """Why this worker takes no records now, in a few words; None when it does."""
+        if self._faulty.done():
+            return "a fault of its own, see the log"
+        for server in self._heard:
+            if not self._hears(server):
+                return f"{server} has not answered for {SILENCE_SECONDS:g} s"
+        return self._consumer.idle_because()
+
+    def _hears(self, server: str) -> bool:
+        return asyncio.get_running_loop().time() - self._heard[server] < SILENCE_SECONDS
+
+    def _hear(self, server: str) -> None:
+        self._heard[server] = asyncio.get_running_loop().time()
+
+    async def tell_fault(self) -> None:
+        """Alert people to a fault that no new start mends. The log has it too, should the alert not be written."""
+        error = self._faulty.exception() if self._faulty.done() else None
+        if not isinstance(error, TooManyRefused):
+            return
+        message = f"MANUAL FIX REQUIRED: the database refuses record after record, so the worker stopped: {error}"
+        alert = Alert("manual_fix_required", None, message, {"worker_id": str(self._id)}, {})
+        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            async with asyncio.timeout(ALERT_SECONDS):
+                self._applied(await self._ledger.tell(alert))
 
     async def failed(self) -> None:
         """Wait for the first fault of our own, and raise it."""
@@ -207,16 +257,49 @@ class Worker:
 
     async def _beat(self) -> None:
         """Tell in the database that this worker lives and what it consumes."""
+        clock = asyncio.get_running_loop().time
+        trusted_until = clock() + SAFETY_SECONDS
+        told: str | None = ""
         while True:
-            topics = self._consumer.consumed_topics()
+            if (why := self.unready()) != told:
+                log.info("readiness", ready=why is None, why=why)
+                told = why
+            topics = self._consumer.consumed_topics() if self._hears("kafka") else []
             self._consumer.observe_lag()
             telemetry.POOL_IN_USE.set(self._pool.get_size() - self._pool.get_idle_size())
             try:
                 await self._pool.execute(SQL["beat"], self._id, os.getpid(), topics, timeout=5)
+                if clock() >= trusted_until:
+                    await refuse_unsafe(self._pool)
+                    trusted_until = clock() + SAFETY_SECONDS
             except Exception as error:
                 if classify(error)[0] != "transient":
                     raise
+                trusted_until = (
+                    clock()
+                )  # what answers next may be another database than the one that was looked at
+            else:
+                self._hear("database")
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _listen_to_broker(self) -> None:
+        """Know whether Kafka answers although nothing is published: a consumer waits in silence."""
+        while True:
+            if await self._consumer.broker_answers():
+                self._hear("kafka")
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _database_is_back(self) -> bool:
+        """Whether it can be written to. Raises UnsafeDatabaseError for one that must not: a failover may lead anywhere."""
+        if not await answers(self._pool):
+            return False
+        try:
+            await refuse_unsafe(self._pool)
+        except Exception as error:
+            if classify(error)[0] != "transient":
+                raise
+            return False
+        return True
 
 
 async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
@@ -254,6 +337,7 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
 
     Raises:
         SettingsError: the catalogue cannot be used, or an address is missing; nothing was started.
+        UnsafeDatabaseError: the database could lose what is written to it; nothing is applied.
         Exception: a fault of our own; the process must end with it.
     """
     catalogue_file = settings.open_catalogue()
@@ -263,19 +347,20 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     if pool is None:
         return
     try:
-        if await _patiently(stop, "schema", lambda: _schema_is_there(pool)) is None:
+        if await _patiently(stop, "database", lambda: _is_fit(pool)) is None:
             return
         worker = Worker(settings, pool, catalogue_file)
         if await _patiently(stop, "kafka", lambda: _started(worker)) is None:
             return
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(worker.failed())
-        probes = await serve_probes(settings, ready=worker.is_ready)
+        probes = await serve_probes(settings, unready=worker.unready)
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
             await probes.stop()
+            await worker.tell_fault()
             await worker.stop()
         if failing.done():
             failing.result()
@@ -291,9 +376,15 @@ async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:
     return await open_pool(url, size_max=settings.database_pool_max, name="credit-workers worker")
 
 
-async def _schema_is_there(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
+async def _is_fit(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
     if missing := await missing_migrations(pool):
         raise NotReady(f"the database lacks {', '.join(missing)}: run `credits migrate`")
+    if not await answers(pool):
+        raise NotReady(
+            "the database takes no writes, as a standby does: promote it, or name the primary in CREDITS_DATABASE_URL"
+        )
+    for sentence in await refuse_unsafe(pool):
+        log.warning("database_not_as_it_should_be", what=sentence)
     return True
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from workers.messages.record import encode_headers
 from workers.operations import dead_letters
-from workers.operations.dead_letters import Pool, discard, list_dead, replay, show
+from workers.operations.dead_letters import Pool, discard, list_dead, replay, replay_slowly, show
 from workers.store.database import open_pool
 
 POISON = b'{"generation_id": \xff'
@@ -144,6 +144,54 @@ async def test_a_replay_of_many_is_bounded_and_says_what_is_left(
     assert (first.moved, first.left) == (numbers[:2], 1)
     second = await replay(pool)
     assert (second.moved, second.left) == (numbers[2:], 0)
+
+
+async def test_a_slow_replay_keeps_its_rate_and_sends_each_letter_once(pool: Pool) -> None:
+    """Twenty in a second are two in each tenth; a letter that dies again meanwhile is not sent in again."""
+    numbers = [await bury(pool, offset=offset, reason="unresolved") for offset in range(8)]
+    other = await bury(pool, offset=9)
+
+    async def kill_again() -> None:
+        while True:
+            await pool.execute("DELETE FROM parked")
+            await pool.execute(
+                "UPDATE dead_letters SET state = 'dead', attempts = attempts + 1, settled_at = clock_timestamp() "
+                "WHERE state = 'replaying'"
+            )
+            await asyncio.sleep(0)
+
+    killing = asyncio.create_task(kill_again())
+    moved = await replay_slowly(pool, reason="unresolved", rate=20)
+    await eventually_dead(pool)
+    killing.cancel()
+
+    assert (moved.moved, moved.unmoved, moved.left) == (numbers, {}, 0)
+    rows = await pool.fetch(
+        "SELECT attempts, settled_at FROM dead_letters WHERE reason = 'unresolved' ORDER BY 1, 2"
+    )
+    assert [row["attempts"] for row in rows] == [2] * 8
+    assert (rows[-1]["settled_at"] - rows[0]["settled_at"]).total_seconds() > 0.25
+    assert await state_of(pool, other) == "dead"
+    assert (
+        await pool.fetchval("SELECT attempts FROM dead_letters WHERE dead_letter_id = $1", other)
+        == 1
+    )
+
+
+async def eventually_dead(pool: Pool) -> None:
+    """Wait until no letter is on its way."""
+    async with asyncio.timeout(10):
+        while await pool.fetchval("SELECT count(*) FROM dead_letters WHERE state = 'replaying'"):  # noqa: ASYNC110 - it cannot tell us
+            await asyncio.sleep(0.01)
+
+
+async def test_a_slow_replay_of_some_says_which_did_not_move(pool: Pool) -> None:
+    """Numbers that are given are sent in too; one that is put away already stays."""
+    first, gone = await bury(pool, offset=1), await bury(pool, offset=2, state="discarded")
+
+    moved = await replay_slowly(pool, ids=[first, gone], rate=1000)
+
+    assert (moved.moved, moved.unmoved) == ([first], {gone: "discarded"})
 
 
 async def test_a_record_that_is_parked_already_stops_its_letter(pool: Pool) -> None:

@@ -1,8 +1,13 @@
 """The database is busy, away, read-only or broken: nothing is lost, skipped or called a bad record."""
 
+import asyncio
 import contextlib
+import secrets
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -10,8 +15,19 @@ import pytest
 from workers import consumer
 from workers.batch import TooManyRefused
 from workers.store import database
+from workers.store.migrations import migrate, read_migrations, schemas_folder
 
-from .world import ACCOUNT, ALERT, World, door_to, eventually, stays
+from .world import (
+    ACCOUNT,
+    ALERT,
+    BOOKING,
+    GENERATION,
+    InProcess,
+    World,
+    door_to,
+    eventually,
+    stays,
+)
 
 PARTITIONS = 3
 # The group is left by a worker that takes longer than this between two polls.
@@ -152,11 +168,103 @@ async def test_a_standby_is_not_written_to_and_nothing_is_lost(world: World) -> 
         async with world.database.acquire() as connection:
             await connection.execute("SET default_transaction_read_only = off")
             await connection.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
-    await end_sessions(world)
 
     await world.applied(*ids)
     assert (await world.balance(f"user:{user}"))["total"] == 33
     assert await world.dead() == {}
+
+
+async def test_a_pool_that_is_used_up_is_waited_for(world: World) -> None:
+    """Somebody's lock keeps both connections of a small pool: the worker says that it is not ready, and loses nothing."""
+    user = world.name("u")
+    ids = await world.publish_all(ACCOUNT, gifts(user, 30), partitions=range(PARTITIONS))
+    worker = world.start_worker(database_pool_max=2)
+    await world.applied(*ids)
+    parts = [(GENERATION, "generation.completed"), (BOOKING, "booking.requested")]
+    data = {"user_id": user, "client_id": user, "practitioner_id": world.name("p")}
+
+    async with locked_accounts(world):
+        ids = await world.publish_all(ACCOUNT, gifts(user, 30), partitions=range(PARTITIONS))
+        for topic, type_ in parts:
+            name = world.name("x")
+            known = {"generation_id": name, "booking_id": name, "kind": "sketch", "credits": 1}
+            ids.append(await world.publish(topic, type_, {**data, **known}))
+        await world.until(lambda: worker.logs.of("stalled"))
+        assert await worker_is(worker, ready=False)
+        assert [world.answers[id_] for id_ in ids] == [[]] * 32
+
+    await world.answered(*ids)
+    assert await worker_is(worker, ready=True)
+    assert (await world.balance(f"user:{user}"))["total"] == 58
+    assert await world.dead() == {}
+
+
+async def worker_is(worker: InProcess, *, ready: bool) -> bool:
+    """Wait until a worker says that it is ready, or that it is not."""
+
+    async def says_so() -> bool:
+        lines = [line["ready"] for line in worker.logs.of("readiness")]
+        return bool(lines) and lines[-1] is ready
+
+    return await eventually(says_so)
+
+
+async def test_a_server_without_room_for_another_session_is_waited_for(world: World) -> None:
+    """The login may connect no more (53300), as when all connections are taken: later it may, and all is applied."""
+    user, login = world.name("u"), f"tests_{secrets.token_hex(6)}"
+    await world.database.execute(
+        f"CREATE ROLE {login} LOGIN PASSWORD 'tests' IN ROLE credits_worker"
+    )
+    parts = urlsplit(world.environment["CREDITS_DATABASE_URL"])
+    url = urlunsplit(parts._replace(netloc=f"{login}:tests@{parts.hostname}:{parts.port}"))
+    worker = world.start_worker(database_url=url)
+    await world.applied(*await world.publish_all(ACCOUNT, gifts(user, 3), partitions=range(3)))
+
+    await world.database.execute(f"ALTER ROLE {login} CONNECTION LIMIT 0")
+    await end_sessions(world)
+    ids = await world.publish_all(ACCOUNT, gifts(user, 30), partitions=range(PARTITIONS))
+    await world.until(lambda: worker.logs.of("stalled"))
+    await world.until(lambda: worker.logs.of("batch_retried", cause="53300"))
+    await world.database.execute(f"ALTER ROLE {login} CONNECTION LIMIT -1")
+
+    await world.applied(*ids)
+    assert (await world.balance(f"user:{user}"))["total"] == 33
+    assert await world.dead() == {}
+    await world.stop_workers()
+    await world.database.execute(f"DROP ROLE {login}")
+
+
+async def test_a_migration_under_load_costs_nothing(world: World, tmp_path: Path) -> None:
+    """Columns and indexes appear while a worker uses the tables, as in an upgrade: plans are made anew, nothing is lost."""
+    user = world.name("u")
+    folder = Path(shutil.copytree(schemas_folder() / "postgres", tmp_path / "postgres"))
+    number = len(read_migrations()) + 1
+    tables = ("accounts", "lots", "entries", "commands", "outbox", "dead_letters", "identities")
+    columns = "".join(
+        f"ALTER TABLE credits.{table} ADD COLUMN tests_note text;" for table in tables
+    )
+    index = "CREATE INDEX tests_notes ON credits.entries (tests_note) WHERE tests_note IS NOT NULL;"
+    (folder / f"{number:04}_tests.sql").write_text(columns + index)
+    world.start_worker(batch_records_max=20)
+    ids = await world.publish_all(ACCOUNT, gifts(user, 60), partitions=range(PARTITIONS))
+    await world.answered(ids[0])
+
+    migrating = asyncio.create_task(
+        migrate(world.environment["CREDITS_DATABASE_URL"], folder=folder)
+    )
+    while not migrating.done():
+        wave = await world.publish_all(ACCOUNT, gifts(user, 20), partitions=range(PARTITIONS))
+        ids += wave
+        await world.answered(wave[-1])
+    assert await migrating == [f"{number:04}_tests"]
+    ids += await world.publish_all(ACCOUNT, gifts(user, 60), partitions=range(PARTITIONS))
+
+    await world.applied(*ids)
+    assert (await world.balance(f"user:{user}"))["total"] == len(ids)
+    assert await world.dead() == {}
+    await world.stop_workers()
+    other = world.start_worker()  # an older release on a newer schema is welcome
+    await world.until(lambda: other.logs.of("worker_started"))
 
 
 @contextlib.asynccontextmanager
@@ -196,6 +304,12 @@ async def test_a_record_that_the_database_refuses_is_found_and_kept_alone(world:
     assert (await world.balance(f"user:{unlucky}"))["total"] == 1
 
 
+def stopped_alerts(world: World) -> list[dict[str, Any]]:
+    """What people were told of a worker that gave up."""
+    alerts = world.alerts(None, "manual_fix_required")
+    return [alert for alert in alerts if "record after record" in alert["message"]]
+
+
 async def waiting_letters(world: World) -> list[asyncpg.Record]:
     """Dead letters that nobody has settled."""
     return await world.database.fetch("SELECT * FROM dead_letters WHERE state = 'dead'")
@@ -212,6 +326,7 @@ async def test_a_database_that_refuses_every_record_stops_the_worker(world: Worl
             assert isinstance(await worker.ended(), TooManyRefused)
             world.workers.remove(worker)
         assert await waiting_letters(world) == []
+        await world.until(lambda: stopped_alerts(world))
         assert await world.committed(ACCOUNT) == committed
 
     world.start_worker()

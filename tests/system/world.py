@@ -213,7 +213,7 @@ class InProcess:
 
 
 class Process:
-    """A worker as it is deployed: `python -m workers worker`, which signals can reach."""
+    """A worker, or a gateway, as it is deployed: `python -m workers worker`, which signals can reach."""
 
     def __init__(self, process: asyncio.subprocess.Process, news: News) -> None:
         self.logs = Logs(news)
@@ -222,14 +222,14 @@ class Process:
         self._reader = asyncio.create_task(self._read(news))
 
     @classmethod
-    async def start(cls, environment: dict[str, str], news: News) -> Self:
+    async def start(cls, environment: dict[str, str], news: News, *, part: str = "worker") -> Self:
         """Start the process; it may not consume yet."""
         inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "workers",
-            "worker",
+            part,
             env={**inherited, **environment},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -378,11 +378,12 @@ class World:
         self.workers.append(worker)
         return worker
 
-    async def spawn_worker(self) -> Process:
-        """Start a worker in a process of its own."""
-        worker = await Process.start(self.environment, self.news)
-        self.workers.append(worker)
-        return worker
+    async def spawn_worker(self, *, part: str = "worker", **environment: str) -> Process:
+        """Start a worker, or another part, in a process of its own."""
+        told = {**self.environment, **environment}
+        process = await Process.start(told, self.news, part=part)
+        self.workers.append(process)
+        return process
 
     async def stop_workers(self) -> None:
         """Stop all workers in order. Raises what any of them failed with."""
@@ -405,6 +406,8 @@ class World:
             "CREDITS_TOPIC_PREFIX": settings.topic_prefix,
             "CREDITS_STRIPE_WEBHOOK_SECRETS": settings.stripe_webhook_secrets.get_secret_value(),
             "CREDITS_BATCH_RECORDS_MAX": str(settings.batch_records_max),
+            "CREDITS_MAX_POLL_INTERVAL_MS": str(settings.max_poll_interval_ms),
+            "CREDITS_READ_TOKENS": READER,
         }
 
     async def command(self, *arguments: str) -> Any:

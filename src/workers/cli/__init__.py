@@ -67,6 +67,7 @@ def _sentence(error: Exception) -> str | None:
     ours = {
         ("workers.settings", "SettingsError"),
         ("workers.store.migrations", "MigrationError"),
+        ("workers.store.safety", "UnsafeDatabaseError"),
         ("workers.embedded.processes", "EmbeddedError"),
         ("workers.up.supervisor", "StackError"),
         ("workers.up.reach", "UnreachableError"),

@@ -77,18 +77,29 @@ def dead_replay(
     letters: Annotated[list[int] | None, typer.Argument(help="Numbers of dead letters.")] = None,
     reason: Annotated[str | None, typer.Option(help="All that died of this reason.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All there are.")] = False,
+    rate: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help="At most so many in a second, until all were sent in."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Send dead letters in again, after what was wrong has been mended."""
-    from workers.operations.dead_letters import replay
+    from workers.operations.dead_letters import replay, replay_slowly
 
     if sum((bool(letters), reason is not None, every)) != 1:
         raise UnusableError("say which to replay: numbers, or --reason REASON, or --all")
     _known_reason(reason)
     deadline_seconds = operator_settings().parked_deadline_seconds
+    chosen: dict[str, Any] = {
+        "ids": letters or None,
+        "reason": reason,
+        "deadline_seconds": deadline_seconds,
+    }
     moved = with_database(
-        lambda pool: replay(
-            pool, ids=letters or None, reason=reason, deadline_seconds=deadline_seconds
+        lambda pool: (
+            replay(pool, **chosen) if rate is None else replay_slowly(pool, rate=rate, **chosen)
         )
     )
     return _tell_moved(moved, "replaying", as_json=as_json)

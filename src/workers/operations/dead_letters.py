@@ -6,6 +6,7 @@ never replay one message twice. Nothing is deleted here, and nothing is applied 
 parked, and a worker applies it through the ordinary path, where its command key still decides (R8).
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -74,6 +75,9 @@ FROM sent
 WHERE dead_letters.dead_letter_id = sent.dead_letter_id AND dead_letters.state = 'dead'
 RETURNING dead_letters.dead_letter_id
 """
+
+# Which letters wait, in the order of their deaths.
+_WAITING = "SELECT dead_letter_id FROM dead_letters WHERE state = 'dead' AND ($1::text IS NULL OR reason = $1) ORDER BY 1"
 
 # Put dead letters away for good, with the operator's reason.
 _DISCARD = """
@@ -192,6 +196,37 @@ async def replay(
             left = int(await connection.fetchval(_LEFT, reason))
             return Moved(moved, {}, left)
         return Moved(moved, await _states(connection, wanted, moved))
+
+
+async def replay_slowly(
+    pool: Pool,
+    *,
+    rate: int,
+    ids: Sequence[int] | None = None,
+    reason: str | None = None,
+    deadline_seconds: int = REPLAY_DEADLINE_SECONDS,
+) -> Moved:
+    """As `replay`, at most `rate` letters in a second, until each of those that wait now was sent in once.
+
+    A letter that dies again meanwhile is not sent in again, so this ends. A large replay takes its share of the workers
+    and no more.
+    """
+    if ids is None:
+        ids = [row[0] for row in await pool.fetch(_WAITING, reason)]
+    moved: list[int] = []
+    unmoved: dict[int, State | None] = {}
+    step = min(max(1, rate // 10), REPLAY_LETTERS_MAX)
+    clock = asyncio.get_running_loop().time
+    due = clock()
+    for start in range(0, len(ids), step):
+        await asyncio.sleep(max(0.0, due - clock()))
+        due = clock() + step / rate
+        done = await replay(
+            pool, ids=ids[start : start + step], reason=reason, deadline_seconds=deadline_seconds
+        )
+        moved += done.moved
+        unmoved |= done.unmoved
+    return Moved(moved, unmoved)
 
 
 async def discard(pool: Pool, ids: Sequence[int], *, because: str) -> Moved:

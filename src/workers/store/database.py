@@ -79,10 +79,16 @@ async def connect(
 
 
 async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
-    """Whether the database can be written to now: reachable, and not a standby."""
+    """Whether the database can be written to now: reachable, and not a standby.
+
+    A session keeps what its database was set to when it began. So where the answer is no, the next one is asked of a new
+    session, which may even lead to another server.
+    """
     try:
         async with pool.acquire(timeout=2) as connection:
             read_only = await connection.fetchval("SHOW transaction_read_only", timeout=2)
+        if read_only != "off":
+            await pool.expire_connections()
     except (
         OSError,
         TimeoutError,

@@ -29,6 +29,7 @@ TRANSIENT_CODES = frozenset(
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction took too long
         "55000",  # the database lets nobody in for now: it is being copied or upgraded
+        "55006",  # an object is in use by others for now
         "55P03",  # lock not available in time
     }
 )

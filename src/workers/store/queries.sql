@@ -621,3 +621,22 @@ DELETE FROM activity WHERE ctid = ANY(ARRAY(SELECT ctid FROM activity WHERE hour
 -- name: move_patrol
 -- What was counted is not counted again.
 UPDATE patrol SET read_until = $1;
+
+-- name: ask_settings
+-- How a session is set up. The catalogue's view of them would be read whole.
+SELECT name, current_setting(name) AS setting FROM unnest($1::text[]) AS name;
+
+-- name: ask_rights
+-- What the role that writes may do to the journal, who logged in, and which guards of the books are off.
+SELECT current_user::text AS acts_as,
+       array_remove(ARRAY[
+           CASE WHEN has_any_column_privilege('entries', 'UPDATE') THEN 'UPDATE' END,
+           CASE WHEN has_table_privilege('entries', 'DELETE') THEN 'DELETE' END,
+           CASE WHEN has_table_privilege('entries', 'TRUNCATE') THEN 'TRUNCATE' END], NULL) AS rewrites,
+       coalesce((SELECT rolsuper FROM pg_roles WHERE rolname = session_user), false) AS logs_in_as_superuser,
+       ARRAY(SELECT tgname::text FROM pg_trigger WHERE tgrelid IN ('entries'::regclass, 'accounts'::regclass)
+             AND NOT tgisinternal AND tgenabled = 'D' ORDER BY tgname) AS asleep;
+
+-- name: measure_outbox
+-- How many messages wait to be published, up to a bound: what is beyond it is not counted.
+SELECT count(*) FROM (SELECT FROM outbox LIMIT $1) waiting;
