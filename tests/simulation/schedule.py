@@ -20,12 +20,14 @@ from workers.store.sql import SQL
 from .cases import DECIDED, Fate, Teller
 from .checker import Expected, check, fingerprint
 from .kafka import PARTITIONS
-from .process import Dead, Process, World
+from .process import NAMES, Dead, Process, World
 
 USERS = ("ann", "bob", "cat", "dan")
 RECORDS, TURNS = 40, 300
 # How long a worker may take to its next boundary before the database is asked whether it waits for a lock.
 LOOK_SECONDS = 0.005
+# The database's clock, where it decides and where it says for whom something is due: they must never disagree.
+CLOCKS = {name: SQL[name] for name in ("read_clock", "find_due_accounts")}
 BLOCKED = """
 SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = ANY($1::int[]) AND wait_event_type = 'Lock'
 """
@@ -91,6 +93,7 @@ class Turns:
         """Called by a worker at its boundary: wait for its turn."""
         if self._over:
             return
+        assert worker not in self._waiting, f"worker {worker} does two things at once"
         self._waiting[worker] = asyncio.get_running_loop().create_future()
         self._arrived.set()
         await self._waiting[worker]
@@ -258,8 +261,10 @@ class Schedule:
         if dice.random() < self.mix.clock_jump:
             self._told.faults["clock jump"] += 1
             minutes = dice.randint(-180, 180)
-            clock = f"SELECT clock_timestamp() + interval '{minutes} minutes'"
-            patch.setitem(SQL, "read_clock", clock)
+            for name, statement in CLOCKS.items():
+                moved = f"(clock_timestamp() + interval '{minutes} minutes')"
+                patch.setitem(SQL, name, statement.replace("clock_timestamp()", moved))
+                patch.setitem(NAMES, SQL[name], name)
 
     # -- workload -------------------------------------------------------------------------------------------------
 
