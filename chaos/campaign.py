@@ -41,6 +41,7 @@ PARTITIONS = 4
 STOPS_MAX = 8
 LANES = 2
 LIVENESS_SECONDS = 120.0
+IDLE_SECONDS_MAX = 20.0
 ROUND_FAULTS = (6, 16)
 # A whole replay in the middle of a campaign is for small ones; at the end there is one in any case.
 REPLAYED_MAX = 40_000
@@ -280,7 +281,8 @@ class Campaign:
         try:
             rows = await connection.fetch(
                 "SELECT pid, application_name FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
-                " AND state_change < clock_timestamp() - interval '20 seconds'"
+                " AND state_change < clock_timestamp() - make_interval(secs => $1)",
+                IDLE_SECONDS_MAX,
             )
             self._liveness += [f"{row[1]} ({row[0]}) is idle in a transaction" for row in rows]
             count = await connection.fetchval(

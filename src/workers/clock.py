@@ -33,16 +33,18 @@ async def run_clock(ledger: Ledger, on_applied: Callable[[Report], None]) -> Non
 
 
 async def settle_due(ledger: Ledger, on_applied: Callable[[Report], None]) -> int:
-    """Settle every account that is due now. Returns how many entries that made."""
+    """Settle every account that is due now. Returns how many entries that made.
+
+    Accounts that are due and get no entry would be found again at once: they are left for the next tick.
+    """
     entries = 0
-    while (report := await ledger.settle(ACCOUNTS_MAX)) is not None:
-        if report.entries:
-            entries += report.entries
-            log.info(
-                "settled",
-                entries=dict(report.kinds),
-                credits=dict(report.credits),
-                duration_ms=round(report.seconds * 1000, 1),
-            )
-            on_applied(report)
+    while (report := await ledger.settle(ACCOUNTS_MAX)) is not None and report.entries:
+        entries += report.entries
+        log.info(
+            "settled",
+            entries=dict(report.kinds),
+            credits=dict(report.credits),
+            duration_ms=round(report.seconds * 1000, 1),
+        )
+        on_applied(report)
     return entries

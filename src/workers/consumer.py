@@ -202,6 +202,9 @@ class Consumer:
             try:
                 return await self._ledger.apply(works)
             except Exception as error:
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    # A cancellation that meets a dead connection comes as the failure to roll back.
+                    raise asyncio.CancelledError from error
                 verdict, cause = classify(error)
                 if verdict != "transient" or time.monotonic() + backoff > deadline:
                     raise

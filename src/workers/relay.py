@@ -2,26 +2,47 @@
 
 Invariants: what is published was committed; one account's messages are published by one relay at a time, in the
 order of their versions; a row leaves the outbox only after the broker acknowledged it with all replicas, and after
-`credit.balance` has the newest version of its account. The relay reads the oldest rows that are there, never "those after the last one": a row that commits late has a lower
-number. A crash between acknowledgement and deletion repeats messages with the same ids.
+`credit.balance` has the newest version of its account. The relay reads the oldest rows that are there, never "those after
+the last one": a row that commits late has a lower number. A crash between acknowledgement and deletion repeats messages
+with the same ids.
+
+A partition gets one batch after another, and none after one that failed: Kafka takes a batch whole or not at all, so
+nothing overtakes. What the broker refuses for what it is (a message too large, a topic that is gone or not ours to write)
+is held back: it stays in the outbox with all that follows it on its topic under its key, is told loudly and tried again
+every HELD_SECONDS, and everything else goes on.
 
 `credit.balance` has no rows of its own: each round tells the last `credit.changed` of each account once more, as a state.
+While a state cannot be told, its account's changes count as held back too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 import asyncpg
 import orjson
 import structlog
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
-from aiokafka.structs import RecordMetadata
+from aiokafka.errors import (
+    InvalidTimestampError,
+    InvalidTopicError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    PolicyViolationError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownError,
+    UnknownTopicOrPartitionError,
+    UnsupportedForMessageFormatError,
+)
+from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.producer.message_accumulator import BatchBuilder
 
 from workers import telemetry
 from workers.messages.outbound import (
@@ -52,13 +73,33 @@ POLL_SECONDS = 0.05
 SHARDS_SECONDS = 2.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
 STEADY_SECONDS = 5.0
-# A batch that is not acknowledged for so long is given up with its producer, and sent again by a new one.
-DELIVERY_SECONDS = 20.0
+# What is not acknowledged for so long is given up with its producer, and sent again by a new one. A round has it twice:
+# for its rows, and for the states that they leave.
+DELIVERY_SECONDS = 10.0
+# Whoever mends what makes the broker refuse waits so long for the relay to see it.
+HELD_SECONDS = 30.0
+# A broker that answers tells within this time whether it has a topic.
+TOPIC_SECONDS = 5.0
 # A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards.
-IDLE_SECONDS_MAX = DELIVERY_SECONDS + 5
+IDLE_SECONDS_MAX = 2 * DELIVERY_SECONDS + 5
 # A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
 DEAD_VALUE_BYTES_MAX = INBOUND_BYTES_MAX - 512 * 1024
 
+# What the broker says of a topic, whatever the message; and of a batch, because of one of its messages.
+OF_THE_TOPIC = (TopicAuthorizationFailedError, InvalidTopicError)
+OF_ITS_ROWS = (
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    InvalidTimestampError,
+    PolicyViolationError,
+    UnsupportedForMessageFormatError,
+    UnknownError,
+)
+
+_Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
+# A topic without its prefix, and a key in it; none: all of them.
+_Key: TypeAlias = tuple[str, str | None]
+_PARTITIONER = DefaultPartitioner()
 _ATTRIBUTES = {
     type_: [
         ("ce_specversion", b"1.0"),
@@ -71,6 +112,38 @@ _ATTRIBUTES = {
 }
 
 
+class OneRefused(KafkaError):  # type: ignore[misc]  # noqa: N818 - aiokafka has no types; an instruction to go on
+    """The broker refused something for what it is; all else may go on, with another producer."""
+
+
+class _Message(NamedTuple):
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: _Headers
+
+
+class _Parcel(NamedTuple):
+    row: asyncpg.Record
+    message: _Message
+
+
+class _Unsendable(Exception):  # noqa: N818 - our own verdict on a row, and its cause
+    """Our own client will not take what we make of a row."""
+
+    def __init__(self, row: asyncpg.Record) -> None:
+        self.row = row
+
+
+@dataclass(slots=True)
+class _Delivery:
+    """Messages on their way by one producer, and what makes another one necessary."""
+
+    producer: AIOKafkaProducer
+    errors: list[BaseException]
+    deadline: float = field(default_factory=lambda: _clock() + DELIVERY_SECONDS)
+
+
 class Relay:
     """Publishes the outbox's shards that it holds, until it is stopped."""
 
@@ -78,6 +151,9 @@ class Relay:
         self._settings = settings
         self._wake = asyncio.Event()
         self._shards: set[int] = set()
+        # Until when, by the loop's clock: what is held back, and the topics whose messages go one by one.
+        self._held: dict[_Key, float] = {}
+        self._alone: dict[str, float] = {}
 
     def wake(self) -> None:
         """Something was committed: look now."""
@@ -118,12 +194,21 @@ class Relay:
             await connection.close(timeout=5)
 
     async def _publish_from(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        producer = await open_producer(
-            self._settings,
-            request_bytes_max=INBOUND_BYTES_MAX,
-            max_batch_size=256 * 1024,
-            client_id="credit-workers-relay",
-        )
+        while True:
+            producer = await open_producer(
+                self._settings,
+                request_bytes_max=INBOUND_BYTES_MAX,
+                max_batch_size=256 * 1024,
+                client_id="credit-workers-relay",
+            )
+            # An idempotent producer counts what was refused too, so that the broker would not take its next batch.
+            with suppress(OneRefused):
+                await self._publish_with(connection, producer)
+            await asyncio.sleep(BACKOFF_SECONDS_MIN)
+
+    async def _publish_with(
+        self, connection: asyncpg.Connection[asyncpg.Record], producer: AIOKafkaProducer
+    ) -> None:
         try:
             loop = asyncio.get_running_loop()
             look_for_shards = loop.time()
@@ -157,85 +242,203 @@ class Relay:
         whatever ends the relay in between, both are told again and neither is ever left behind.
 
         Raises:
-            KafkaError: a row was refused; it and all other rows of its key stay.
-            TimeoutError: the broker acknowledged nothing in time; all rows stay.
+            OneRefused: the broker refused something for what it is, and that is held back now.
+            KafkaError, TimeoutError: something was not acknowledged. Whatever was not, and all that follows it in its
+                partition, stays.
         """
         if not self._shards:
             return 0
         rows = await connection.fetch(
-            SQL["read_outbox"], sorted(self._shards), ROWS_MAX, ROUND_BYTES_MAX
+            SQL["read_outbox"],
+            sorted(self._shards),
+            ROWS_MAX,
+            ROUND_BYTES_MAX,
+            *self._held_back(),
         )
         if not rows:
             return 0
-        async with asyncio.timeout(DELIVERY_SECONDS):
-            failed = await self._deliver(producer, rows, self._message)
-            newest = {
-                row["aggregateid"]: row
-                for row in rows
-                if row["type"] == CHANGED and row["aggregateid"] not in failed
-            }
-            failed |= await self._deliver(producer, newest.values(), self._balance)
-        done = [row for row in rows if row["aggregateid"] not in failed]
+        errors: list[BaseException] = []
+        sent = await self._deliver(_Delivery(producer, errors), rows, self._message)
+        newest = {row["aggregateid"]: row for row in sent if row["type"] == CHANGED}
+        told = await self._deliver(_Delivery(producer, errors), newest.values(), self._balance)
+        behind = newest.keys() - {row["aggregateid"] for row in told}
+        done = [row for row in sent if row["type"] != CHANGED or row["aggregateid"] not in behind]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
         published = Counter(row["aggregatetype"] for row in done)
-        published[BALANCE] = len(newest.keys() - failed.keys())
+        published[BALANCE] = len(told)
         for topic, count in published.items():
             telemetry.PUBLISHED.labels(topic=topic).inc(count)
-        for error in failed.values():
-            raise error
+        if errors:
+            raise errors[0]
         return len(rows)
 
     async def _deliver(
         self,
-        producer: AIOKafkaProducer,
-        rows: Collection[asyncpg.Record],
-        message: Callable[[asyncpg.Record], dict[str, Any]],
-    ) -> dict[str, BaseException]:
-        """Send what `message` makes of each row. Returns the first error of each key that has one."""
-        sent = [await self._send(producer, row, message) for row in rows]
-        results = await asyncio.gather(*sent, return_exceptions=True)
-        failed: dict[str, BaseException] = {}
-        for row, result in zip(rows, results, strict=True):
-            if isinstance(result, BaseException):
-                failed.setdefault(row["aggregateid"], result)
-        return failed
+        delivery: _Delivery,
+        rows: Iterable[asyncpg.Record],
+        message: Callable[[asyncpg.Record], _Message],
+    ) -> list[asyncpg.Record]:
+        """Send what `message` makes of each row. Returns the rows that arrived, those of a key in their order."""
+        topics: defaultdict[str, list[_Parcel]] = defaultdict(list)
+        unsendable: set[_Key] = set()
+        for row in rows:
+            if _key(row) in unsendable:
+                continue
+            try:
+                parcel = _Parcel(row, message(row))
+            except Exception as error:
+                unsendable.add(_key(row))
+                self._hold_back(_key(row), error)
+            else:
+                topics[parcel.message.topic].append(parcel)
+        arrived = await asyncio.gather(
+            *(self._send_to(delivery, topic, parcels) for topic, parcels in topics.items())
+        )
+        return [row for rows_ in arrived for row in rows_]
 
-    async def _send(
-        self,
-        producer: AIOKafkaProducer,
-        row: asyncpg.Record,
-        message: Callable[[asyncpg.Record], dict[str, Any]],
-    ) -> Awaitable[RecordMetadata]:
-        """Hand a message to the producer. One that it will not take fails alone: the rows of other keys go on."""
+    async def _send_to(
+        self, delivery: _Delivery, topic: str, parcels: Sequence[_Parcel]
+    ) -> list[asyncpg.Record]:
+        """Send to the partitions of a topic side by side."""
         try:
-            sending: Awaitable[RecordMetadata] = await producer.send(**message(row))
-        except (KafkaError, AssertionError, TypeError, ValueError) as error:
-            log.critical("row_not_sent", sequence=row["sequence"], topic=row["aggregatetype"])
-            refused: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
-            refused.set_exception(KafkaError(f"{type(error).__name__}: the producer refused a row"))
-            return refused
-        else:
-            return sending
+            partitions = await _partitions(delivery, topic)
+        except (*OF_THE_TOPIC, UnknownTopicOrPartitionError) as error:
+            self._hold_back((parcels[0].row["aggregatetype"], None), error)
+            return []
+        except (KafkaError, OSError, TimeoutError) as error:
+            delivery.errors.append(error)
+            return []
+        lanes: defaultdict[int, deque[_Parcel]] = defaultdict(deque)
+        for parcel in parcels:
+            lanes[_PARTITIONER(parcel.message.key, partitions, partitions)].append(parcel)
+        arrived = await asyncio.gather(
+            *(self._send_in_order(delivery, topic, *lane) for lane in lanes.items())
+        )
+        return [row for rows in arrived for row in rows]
 
-    def _message(self, row: asyncpg.Record) -> dict[str, Any]:
+    async def _send_in_order(
+        self, delivery: _Delivery, topic: str, partition: int, lane: deque[_Parcel]
+    ) -> list[asyncpg.Record]:
+        """Send one batch after another to a partition: what follows one that fails would overtake it."""
+        arrived: list[asyncpg.Record] = []
+        try:
+            async with asyncio.timeout_at(delivery.deadline):
+                while lane:
+                    alone = self._alone.get(topic, 0) > _clock()
+                    first = islice(lane, 1 if alone else None)
+                    try:
+                        batch, count = _batch_of(delivery.producer, first)
+                    except _Unsendable as error:
+                        held = _key(error.row)
+                        self._hold_back(held, error.__cause__ or error)
+                        lane = deque(one for one in lane if _key(one.row) != held)
+                        continue
+                    try:
+                        await (
+                            await delivery.producer.send_batch(batch, topic, partition=partition)
+                        )
+                    except (*OF_THE_TOPIC, *OF_ITS_ROWS) as error:
+                        raise self._refused(topic, lane[0].row, count, error) from error
+                    arrived += (lane.popleft().row for _ in range(count))
+        except (KafkaError, OSError, TimeoutError, AssertionError) as error:
+            delivery.errors.append(error)
+        return arrived
+
+    # -- what the broker refuses ------------------------------------------------------------------------------------
+
+    def _refused(
+        self, topic: str, row: asyncpg.Record, count: int, error: KafkaError
+    ) -> OneRefused:
+        """Find out what it is that cannot be published: the topic's messages, or one of a batch, or this one."""
+        if isinstance(error, OF_THE_TOPIC):
+            self._hold_back((row["aggregatetype"], None), error)
+        elif count > 1:
+            self._alone[topic] = _clock() + HELD_SECONDS
+            telemetry.PUBLISH_FAILURES.inc()
+            log.warning("messages_go_one_by_one", topic=topic, seconds=HELD_SECONDS)
+        else:
+            self._hold_back(_key(row), error)
+        return OneRefused(f"{type(error).__name__}, of {count} messages")
+
+    def _hold_back(self, key: _Key, error: BaseException) -> None:
+        """Leave out the rows of a topic, or of one key in it, for a while. They stay in the outbox."""
+        self._held[key] = _clock() + HELD_SECONDS
+        telemetry.PUBLISH_FAILURES.inc()
+        telemetry.OUTBOX_HELD_BACK.set(len(self._held))
+        # Whose it is stands in the outbox; ids of people do not belong into logs.
+        log.critical(
+            "publication_held_back",
+            topic=key[0],
+            all_of_it=key[1] is None,
+            seconds=HELD_SECONDS,
+            error=telemetry.describe_error(error),
+        )
+
+    def _held_back(self) -> tuple[list[str], list[str], list[str]]:
+        """The topics that are held back, and the keys of others: their topics, and their names."""
+        now = _clock()
+        self._held = {key: until for key, until in self._held.items() if until > now}
+        telemetry.OUTBOX_HELD_BACK.set(len(self._held))
+        keys = [(topic, name) for topic, name in self._held if name is not None]
+        return (
+            [topic for topic, name in self._held if name is None],
+            [topic for topic, _ in keys],
+            [name for _, name in keys],
+        )
+
+    def _message(self, row: asyncpg.Record) -> _Message:
         topic = self._settings.topic(row["aggregatetype"])
         if row["dead_letter_id"] is not None:
-            return {"topic": topic, **_dead_letter(row)}
-        return {
-            "topic": topic,
-            "key": row["aggregateid"].encode(),
-            "value": row["payload"],
-            "headers": _headers(row, row["type"], str(row["id"])),
-        }
+            return _Message(topic, *_dead_letter(row))
+        headers = _headers(row, row["type"], str(row["id"]))
+        return _Message(topic, row["aggregateid"].encode(), row["payload"], headers)
 
-    def _balance(self, row: asyncpg.Record) -> dict[str, Any]:
+    def _balance(self, row: asyncpg.Record) -> _Message:
         """The state that a change left. It is an event of its own: one source never uses an id for two."""
-        return {
-            "topic": self._settings.topic(BALANCE),
-            "key": row["aggregateid"].encode(),
-            "value": balance_payload(row["payload"]),
-            "headers": _headers(row, BALANCE, f"{row['id']}:balance"),
-        }
+        headers = _headers(row, BALANCE, f"{row['id']}:balance")
+        topic, state = self._settings.topic(BALANCE), balance_payload(row["payload"])
+        return _Message(topic, row["aggregateid"].encode(), state, headers)
+
+
+def _clock() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _key(row: asyncpg.Record) -> _Key:
+    return row["aggregatetype"], row["aggregateid"]
+
+
+async def _partitions(delivery: _Delivery, topic: str) -> list[int]:
+    """The partitions of a topic.
+
+    Raises:
+        UnknownTopicOrPartitionError: the broker answers, and has no such topic.
+        KafkaError, TimeoutError: it does not answer.
+    """
+    producer = delivery.producer
+    try:
+        async with asyncio.timeout_at(min(delivery.deadline, _clock() + TOPIC_SECONDS)):
+            return sorted(await producer.partitions_for(topic))
+    except TimeoutError:
+        async with asyncio.timeout_at(delivery.deadline):
+            everything = await producer.client.fetch_all_metadata()
+        if topic in everything.topics():
+            raise
+        raise UnknownTopicOrPartitionError(topic) from None
+
+
+def _batch_of(producer: AIOKafkaProducer, parcels: Iterable[_Parcel]) -> tuple[BatchBuilder, int]:
+    """A batch of as many as fit, one at least, however large it is; and how many those are."""
+    batch, count = producer.create_batch(), 0
+    for row, (_, key, value, headers) in parcels:
+        try:
+            taken = batch.append(timestamp=None, key=key, value=value, headers=headers)
+        except Exception as error:
+            raise _Unsendable(row) from error
+        if taken is None:
+            break
+        count += 1
+    return batch, count
 
 
 def _headers(row: asyncpg.Record, type_: str, id_: str) -> list[tuple[str, bytes]]:
@@ -248,8 +451,8 @@ def _headers(row: asyncpg.Record, type_: str, id_: str) -> list[tuple[str, bytes
     ]
 
 
-def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:
-    """The record as it came, with where it was and why it is dead."""
+def _dead_letter(row: asyncpg.Record) -> tuple[bytes | None, bytes | None, _Headers]:
+    """The record as it came, with where it was and why it is dead: key, value, headers."""
     value = row["value"]
     told: Sequence[tuple[str, str]] = (
         ("dead-letter-id", str(row["dead_letter_id"])),
@@ -273,4 +476,4 @@ def _dead_letter(row: asyncpg.Record) -> dict[str, Any]:
     key = row["key"]
     if key is None and value is None:  # Kafka would take it, aiokafka does not
         key = str(row["dead_letter_id"]).encode()
-    return {"key": key, "value": value, "headers": headers}
+    return key, value, headers

@@ -116,6 +116,11 @@ CONSUMER_LAG = Gauge(
 OUTBOX_RECORDS = Gauge(
     "credits_outbox_records", "Messages that wait to be published.", registry=REGISTRY
 )
+OUTBOX_HELD_BACK = Gauge(
+    "credits_outbox_held_back",
+    "Keys and topics whose messages the broker refuses for what they are: they wait in the outbox.",
+    registry=REGISTRY,
+)
 PARKED_RECORDS = Gauge(
     "credits_parked_records", "Messages that wait for something they need.", registry=REGISTRY
 )

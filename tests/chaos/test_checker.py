@@ -195,6 +195,22 @@ def _find_it_in_a_replay(it: Evidence) -> None:
     it.replayed = 1
 
 
+def _change_by_a_replay(it: Evidence) -> None:
+    it.replay.append("a replay changed lots of user:u1")
+
+
+def _stay_behind(it: Evidence) -> None:
+    it.liveness.append("after 120 s there is left: lag 3")
+
+
+def _tell_a_secret(it: Evidence) -> None:
+    it.leaks.append("worker-1.log:7 tells canary")
+
+
+def _be_wrong_meanwhile(it: Evidence) -> None:
+    it.watched.append("read 3: user:u1 is not where its last entry left it")
+
+
 def _overdraw(it: Evidence) -> None:
     it.entries[1] = replace(it.entries[1], purchased=-14, after=(0, -4, 0, 0))
 
@@ -221,7 +237,11 @@ BREAKS: list[tuple[Callable[[Evidence], None], str]] = [
     (_change(0, purchased=11, after=(0, 11, 0, 0)), "K8"),
     (_refuse_what_was_there, "K8"),
     (_refuse_and_write, "K9"),
+    (_change_by_a_replay, "K10"),
     (_forge, "K11"),
+    (_stay_behind, "K12"),
+    (_tell_a_secret, "K13"),
+    (_be_wrong_meanwhile, "K14"),
 ]
 
 

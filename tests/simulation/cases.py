@@ -4,6 +4,7 @@ Every id and every key bears the case's own mark, so that cases share a database
 two runs of one case are the same, word for word.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -96,6 +97,21 @@ class Teller:
         body = {"id": self(id_), "payment_intent": f"pi_{self(f'cs_{paid_for}')}", **fields}
         return self.stripe(type_, body)
 
+    def renamed(self, type_: str, work: Work) -> Work:
+        """The same of Stripe's objects, in an event of another type."""
+        return self.stripe(type_, json.loads(work.record.value or b"")["data"]["object"])
+
+    def organisation(self, mode: str, *members: str | dict[str, Any], at: int = 0) -> Work:
+        """What an organisation is, so many seconds after the first word of it."""
+        named = [{"user_id": one} if isinstance(one, str) else one for one in members]
+        return self.event(
+            "organization.updated",
+            time=RECEIVED_AT + timedelta(seconds=at),
+            organization_id=self("acme"),
+            mode=mode,
+            members=[{**one, "user_id": self(one["user_id"])} for one in named],
+        )
+
     def subscription(self, type_: str, name: str, user: str, **given: Any) -> Work:
         """What a subscription is now."""
         about = new_subscription(
@@ -179,6 +195,74 @@ def _linked(tell: Teller) -> Told:
     return Told(act, [tell.pack("1", None, "cus_1")])
 
 
+def _shared(tell: Teller, act: Work, *before: Work, **given: Any) -> Told:
+    """Ann and bob spend from what acme has, ann up to ten a day."""
+    limited = {"user_id": "ann", "limit_credits": 10, "period": "day"}
+    acme = tell("acme")
+    funds = tell.event(
+        "credits.granted", organization_id=acme, credits=50, pool="purchased", reason="tests"
+    )
+    return Told(act, [tell.organisation("shared", limited, "bob"), funds, *before], **given)
+
+
+def _for_acme(tell: Teller, user: str, **given: Any) -> Work:
+    return tell.request("g1", user, organization_id=tell("acme"), **given)
+
+
+def _free(tell: Teller) -> Told:
+    """The fourth image of a free user's day."""
+    joins = tell.event("user.created", user_id=tell("ann"), tier="free")
+    return _funded(
+        tell, tell.request("g4", "ann"), joins, *(tell.request(f"g{n}", "ann") for n in (1, 2, 3))
+    )
+
+
+def _renewed(tell: Teller) -> Told:
+    """The month after: what was left of the one before expires."""
+    ends = RECEIVED_AT + timedelta(days=36_500)
+    act = invoice(
+        tell("in_2"),
+        tell("sub_1"),
+        tell("cus_1"),
+        start=ends,
+        end=ends + timedelta(days=30),
+        user=tell("ann"),
+        id_=f"evt_{tell.key()}",
+    )
+    return Told(act, [tell.invoice("1", "ann"), tell.pack("1", "ann")])
+
+
+def _freed_after_a_switch(tell: Teller) -> Told:
+    """A hold from before its member's credits became everybody's: what it releases follows them."""
+    before = [
+        tell.organisation("mirror", "ann"),
+        tell.request("g1", "ann"),
+        tell.organisation("shared", "ann", "bob", at=1),
+    ]
+    return _funded(tell, tell.of("generation.failed", "g1", "ann"), *before)
+
+
+def _merged_member(tell: Teller) -> Told:
+    """With a place in an organisation, what was used there, and a link."""
+    before = [
+        tell.organisation("shared", "ann", "cat"),
+        tell.event(
+            "credits.granted",
+            organization_id=tell("acme"),
+            credits=50,
+            pool="purchased",
+            reason="tests",
+        ),
+        _for_acme(tell, "ann"),
+        tell.event(
+            "user.linked", user_id=tell("ann"), provider="stripe", external_id=tell("cus_9")
+        ),
+        tell.pack("1", "ann"),
+    ]
+    act = tell.event("user.merged", from_user_id=tell("ann"), to_user_id=tell("bob"))
+    return _funded(tell, act, *before)
+
+
 def _lapsed(tell: Teller) -> Told:
     return _funded(
         tell,
@@ -233,6 +317,27 @@ CASES: dict[str, Case] = {
             reason="tests",
         ),
     ),
+    "user.merged, a member": _merged_member,
+    "user.closed": lambda tell: _funded(
+        tell, tell.event("user.closed", user_id=tell("ann")), tell.request("g1", "ann")
+    ),
+    "organization.updated": lambda tell: Told(
+        tell.organisation("shared", "ann", {"user_id": "bob", "limit_credits": 5})
+    ),
+    "organization.updated, members come and go": lambda tell: _shared(
+        tell,
+        tell.organisation("shared", {"user_id": "bob", "limit_credits": 7}, "cat", at=1),
+        _for_acme(tell, "ann"),
+    ),
+    "organization.updated to shared": lambda tell: _funded(
+        tell,
+        tell.organisation("shared", "ann", "bob", at=1),
+        tell.organisation("mirror", "ann"),
+        tell.request("g1", "ann"),
+    ),
+    "organization.updated to mirror": lambda tell: _shared(
+        tell, tell.organisation("mirror", "bob", at=1), _for_acme(tell, "ann")
+    ),
     # generation.events
     "generation.requested": lambda tell: _funded(tell, tell.request("g1", "ann")),
     "generation.completed": lambda tell: _funded(
@@ -252,6 +357,18 @@ CASES: dict[str, Case] = {
         tell.of("generation.refunded", "g1", "ann", credits=3, reason="tests"),
         tell.of("generation.completed", "g1", "ann", kind="image"),
     ),
+    "generation.requested by a member": lambda tell: _shared(tell, _for_acme(tell, "ann")),
+    "generation.completed by a member": lambda tell: _shared(
+        tell, tell.of("generation.completed", "g1", "ann"), _for_acme(tell, "ann")
+    ),
+    "generation.cancelled by a member": lambda tell: _shared(
+        tell, tell.of("generation.cancelled", "g1", "ann"), _for_acme(tell, "ann")
+    ),
+    "generation.completed above its hold": lambda tell: Told(
+        tell.of("generation.completed", "g1", "ann", credits=40),
+        [tell.grant("ann", 20), tell.request("g1", "ann", kind="sound", credits=15)],
+    ),
+    "generation.failed, its credits shared by now": _freed_after_a_switch,
     # booking.events
     "booking.requested": lambda tell: _funded(tell, tell.book("b1", "ann", "bob", 9)),
     "booking.cancelled": lambda tell: _funded(
@@ -265,11 +382,41 @@ CASES: dict[str, Case] = {
         tell.book("b1", "ann", "bob", 9),
         tell.event("credits.adjusted", user_id=tell("bob"), credits=-9, reason="tests"),
     ),
+    "booking.cancelled before it is requested": lambda tell: _funded(
+        tell, tell.event("booking.cancelled", booking_id=tell("b1"), client_id=tell("ann"))
+    ),
+    "booking.requested with debt to pay": lambda tell: _funded(
+        tell,
+        tell.book("b2", "ann", "bob", 6),
+        tell.book("b1", "ann", "bob", 9),
+        tell.event("credits.adjusted", user_id=tell("bob"), credits=-9, reason="tests"),
+        tell.event("booking.cancelled", booking_id=tell("b1")),
+    ),
     # stripe.webhook
     "checkout.session.completed": lambda tell: Told(tell.pack("1", "ann", "cus_1")),
+    "checkout.session.async_payment_succeeded": lambda tell: Told(
+        tell.renamed("checkout.session.async_payment_succeeded", tell.pack("1", "ann", "cus_1"))
+    ),
     "invoice.paid": lambda tell: Told(tell.invoice("1", "ann")),
+    "invoice.paid, the next month": _renewed,
+    "invoice.payment_succeeded": lambda tell: Told(
+        tell.renamed("invoice.payment_succeeded", tell.invoice("1", "ann")),
+        [tell.invoice("1", "ann")],
+    ),
     "customer.subscription.created": lambda tell: Told(
         tell.subscription("customer.subscription.created", "1", "ann")
+    ),
+    "customer.subscription.updated": lambda tell: Told(
+        tell.subscription("customer.subscription.updated", "1", "ann", status="past_due"),
+        [tell.subscription("customer.subscription.created", "1", "ann")],
+    ),
+    "customer.subscription.paused": lambda tell: Told(
+        tell.subscription("customer.subscription.paused", "1", "ann", status="paused"),
+        [tell.subscription("customer.subscription.created", "1", "ann")],
+    ),
+    "customer.subscription.resumed": lambda tell: Told(
+        tell.subscription("customer.subscription.resumed", "1", "ann"),
+        [tell.subscription("customer.subscription.paused", "1", "ann", status="paused")],
     ),
     "customer.subscription.deleted": lambda tell: Told(
         tell.subscription("customer.subscription.deleted", "1", "ann"),
@@ -280,6 +427,12 @@ CASES: dict[str, Case] = {
             "customer.created", {"id": tell("cus_1"), "metadata": {"user_id": tell("ann")}}
         ),
         [tell.pack("1", None, "cus_1")],
+    ),
+    "customer.updated": lambda tell: Told(
+        tell.stripe(
+            "customer.updated", {"id": tell("cus_1"), "metadata": {"user_id": tell("ann")}}
+        ),
+        [tell.stripe("customer.created", {"id": tell("cus_1")})],
     ),
     "refund.created": lambda tell: Told(
         tell.money("refund.created", "re_1", "1", amount=287, status="succeeded"),
@@ -292,6 +445,17 @@ CASES: dict[str, Case] = {
             tell.money("refund.created", "re_1", "1", amount=287, status="pending"),
         ],
     ),
+    "refund.updated": lambda tell: Told(
+        tell.money("refund.updated", "re_1", "1", amount=287, status="succeeded"),
+        [tell.pack("1", "ann")],
+    ),
+    "charge.refund.updated": lambda tell: Told(
+        tell.money("charge.refund.updated", "re_1", "1", amount=287, status="canceled"),
+        [
+            tell.pack("1", "ann"),
+            tell.money("refund.created", "re_1", "1", amount=287, status="succeeded"),
+        ],
+    ),
     "charge.refunded": lambda tell: Told(
         tell.money("charge.refunded", "ch_1", "1", amount_refunded=990), [tell.pack("1", "ann")]
     ),
@@ -302,6 +466,19 @@ CASES: dict[str, Case] = {
         [
             tell.pack("1", "ann"),
             tell.event("credits.adjusted", user_id=tell("ann"), credits=-90, reason="tests"),
+        ],
+    ),
+    "charge.dispute.created": lambda tell: Told(
+        tell.money("charge.dispute.created", "dp_1", "1", amount=990, status="needs_response"),
+        [tell.pack("1", "ann")],
+    ),
+    "charge.dispute.funds_reinstated": lambda tell: Told(
+        tell.money("charge.dispute.funds_reinstated", "dp_1", "1", amount=990, status="won"),
+        [
+            tell.pack("1", "ann"),
+            tell.money(
+                "charge.dispute.funds_withdrawn", "dp_1", "1", amount=990, status="needs_response"
+            ),
         ],
     ),
     "charge.dispute.closed": lambda tell: Told(
@@ -328,6 +505,22 @@ CASES: dict[str, Case] = {
     # other ends
     "a refusal": lambda tell: Told(
         tell.event("credits.adjusted", user_id=tell("ann"), credits=-7, reason="tests")
+    ),
+    "a closed account's request": lambda tell: _funded(
+        tell, tell.request("g1", "ann"), tell.event("user.closed", user_id=tell("ann"))
+    ),
+    "a stranger's request": lambda tell: _shared(tell, _for_acme(tell, "zoe")),
+    "a member's request beyond the limit": lambda tell: _shared(
+        tell, _for_acme(tell, "ann", units=3)
+    ),
+    "a request beyond the day's limit": _free,
+    "a request after the end": lambda tell: _funded(
+        tell, tell.request("g1", "ann"), tell.of("generation.failed", "g1", "ann")
+    ),
+    "a booking that was cancelled first": lambda tell: _funded(
+        tell,
+        tell.book("b1", "ann", "bob", 9),
+        tell.event("booking.cancelled", booking_id=tell("b1"), client_id=tell("ann")),
     ),
     "a repeat": _repeated,
     "a key of other content": _conflict,

@@ -275,6 +275,10 @@ BOOKS = {
     "refunds": "payment_id, refund_id, amount, status",
     "disputes": "payment_id, dispute_id, amount, steps",
     "subscriptions": "subscription_id, account_id, customer_id, plan, status",
+    "customers": "customer_id",
+    "organisations": "organization_id, mode",
+    "members": "organization_id, user_id, limit_credits, period",
+    "usage_days": "account_id, member_id, generations, held, captured",
     "identities": "external_id, provider, owner, resolved_by",
     "parked": "topic, waits_for, command_key, attempts > 99",
 }

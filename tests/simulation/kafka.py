@@ -11,7 +11,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from aiokafka import ConsumerRecord, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, RequestTimedOutError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    OutOfOrderSequenceNumber,
+    RequestTimedOutError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.structs import OffsetAndMetadata, RecordMetadata
 
 from store.kit import RECEIVED_AT
@@ -19,6 +26,7 @@ from workers.messages.record import Record
 from workers.store.set_aside import Work
 
 PARTITIONS = 2
+BATCH_MESSAGES_MAX = 3
 SENT_MS = int(RECEIVED_AT.timestamp() * 1000)
 At = Callable[[str], Awaitable[str | None]]
 
@@ -29,7 +37,7 @@ class Sent(NamedTuple):
     topic: str
     key: bytes | None
     value: bytes | None
-    headers: dict[str, bytes]
+    headers: dict[str, bytes | None]
 
 
 class Log:
@@ -39,6 +47,9 @@ class Log:
         self.inbound: dict[TopicPartition, list[ConsumerRecord[Any, Any]]] = defaultdict(list)
         self.committed: dict[TopicPartition, int] = {}
         self.published: list[Sent] = []
+        # What the broker will not have: messages, for what they are, and topics.
+        self.refuses: Callable[[Sent], KafkaError | None] = lambda _message: None
+        self.forbidden: set[str] = set()
 
     def send(self, work: Work, partition: int) -> Work:
         """Append a record; what was sent is told with its coordinates."""
@@ -132,30 +143,74 @@ class ConsumerEdge:
         await self._at("after_offset_commit")
 
 
+class BatchEdge:
+    """aiokafka's builder of a batch, as far as the relay calls it. A small one, so that an account soon needs several."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[bytes | None, bytes | None, dict[str, bytes | None]]] = []
+
+    def append(
+        self,
+        *,
+        timestamp: int | None,
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes | None]],
+    ) -> object | None:
+        """Add a message; None when there is no room."""
+        assert timestamp is None  # it is published when it is published
+        if len(self.messages) == BATCH_MESSAGES_MAX:
+            return None
+        self.messages.append((key, value, dict(headers)))
+        return self
+
+
 class ProducerEdge:
-    """aiokafka's producer, as far as the relay calls it."""
+    """aiokafka's idempotent producer, as far as the relay calls it."""
 
     def __init__(self, log: Log, at: At) -> None:
         self._log = log
         self._at = at
+        self._known: set[TopicPartition] = set()
+        self._out_of_step: set[TopicPartition] = set()
 
-    async def send(
-        self,
-        *,
-        topic: str,
-        key: bytes | None,
-        value: bytes | None,
-        headers: list[tuple[str, bytes]],
+    async def partitions_for(self, topic: str) -> set[int]:
+        """The partitions of a topic."""
+        if topic in self._log.forbidden:
+            raise TopicAuthorizationFailedError(topic)
+        return set(range(PARTITIONS))
+
+    def create_batch(self) -> BatchEdge:
+        """An empty one."""
+        return BatchEdge()
+
+    async def send_batch(
+        self, batch: BatchEdge, topic: str, *, partition: int
     ) -> asyncio.Future[RecordMetadata]:
-        """Send. `refused` never arrives; `unheard` arrives, and its sender hears of a timeout."""
+        """Send. `refused` never arrives; `unheard` arrives, and its sender hears of a timeout.
+
+        What came to nothing was counted: where the broker knows this producer already, it takes nothing more of it; where
+        that was its first batch, the broker takes the next one for the first.
+        """
+        assert batch.messages
         fault = await self._at(f"sending {topic}")
+        sent = [Sent(topic, *message) for message in batch.messages]
+        error: KafkaError | None = next(filter(None, map(self._log.refuses, sent)), None)
+        place = TopicPartition(topic, partition)
+        if place in self._out_of_step & self._known:
+            error = OutOfOrderSequenceNumber()
+        elif fault == "refused":
+            error = KafkaError("no acknowledgement")
         answer: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
-        if fault != "refused":
-            self._log.published.append(Sent(topic, key, value, dict(headers)))
-        if fault is None:
-            place = TopicPartition(topic, 0)
+        if error is None:
+            self._log.published += sent
+            self._known.add(place)
+            if fault == "unheard":
+                error = KafkaError("no acknowledgement")
+        if error is None:
             offset = len(self._log.published)
-            answer.set_result(RecordMetadata(topic, 0, place, offset, SENT_MS, 0, 0))
+            answer.set_result(RecordMetadata(topic, partition, place, offset, SENT_MS, 0, 0))
         else:
-            answer.set_exception(KafkaError("no acknowledgement"))
+            self._out_of_step.add(place)
+            answer.set_exception(error)
         return answer

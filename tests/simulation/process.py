@@ -36,6 +36,11 @@ from workers.store.sql import SQL
 from .kafka import PARTITIONS, ConsumerEdge, Log, ProducerEdge
 
 PARKED_SECONDS = 3600
+PATIENCE = {
+    "PATIENCE_SECONDS": 3600.0,
+    "BACKOFF_SECONDS_MIN": 0.001,
+    "BACKOFF_SECONDS_MAX": 0.01,
+}
 PARKED_ROUNDS_MAX = 20
 NAMES = {text: name for name, text in SQL.items()}
 # Statements that have no name of their own.
@@ -327,7 +332,7 @@ class Process:
         return await settle_due(self.ledger, lambda _report: None) > 0
 
     async def _publish(self) -> bool:
-        """One round of the relay; whatever fails, its connection is made anew."""
+        """One round of the relay; whatever fails, its connection and its producer are made anew."""
         try:
             if len(self.relay._shards) < SHARDS:
                 await self.relay._take_shards(self._relaying)
@@ -335,6 +340,7 @@ class Process:
         except Exception:
             self.relay._shards.clear()
             self._relaying.terminate()
+            self._producer = ProducerEdge(self.log, self.edge)
             self._relaying = await database.connect(self.url, name="simulated relay")
             raise
 
@@ -403,14 +409,17 @@ async def world_at(url: str) -> AsyncIterator[World]:
     # Only workers die here, so that nothing rests on what a disk has: it need not be waited for.
     name = await owner.fetchval("SELECT current_database()")
     await owner.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
-    patience = consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX
-    consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX = 0.001, 0.01
+    # Time stands still while others have their turns: nobody loses patience meanwhile.
+    patience = {name: getattr(consuming, name) for name in PATIENCE}
+    vars(consuming).update(PATIENCE)
     world = World(url, owner)
     try:
         # A traceback takes longer to print than a worker to live.
         with watched_connections(), capture_logs():
-            yield world
-            await world.end()
+            try:
+                yield world
+            finally:
+                await world.end()
     finally:
-        consuming.BACKOFF_SECONDS_MIN, consuming.BACKOFF_SECONDS_MAX = patience
+        vars(consuming).update(patience)
         await owner.close()

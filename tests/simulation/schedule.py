@@ -6,6 +6,7 @@ again. When the turns are over nothing goes wrong any more, one more worker does
 """
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from workers.store.sql import SQL
 from .cases import DECIDED, Fate, Teller
 from .checker import Expected, check, fingerprint
 from .kafka import PARTITIONS
-from .process import Dead, Process, World
+from .process import NAMES, Dead, Process, World
 
 USERS = ("ann", "bob", "cat", "dan")
 RECORDS, TURNS = 40, 300
 # How long a worker may take to its next boundary before the database is asked whether it waits for a lock.
 LOOK_SECONDS = 0.005
+# The database's clock, where it decides and where it says for whom something is due: they must never disagree.
+CLOCKS = {name: SQL[name] for name in ("read_clock", "find_due_accounts")}
 BLOCKED = """
 SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = ANY($1::int[]) AND wait_event_type = 'Lock'
 """
@@ -83,17 +86,22 @@ class Turns:
     def __init__(self, world: World, dice: random.Random) -> None:
         self._world = world
         self._dice = dice
-        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._waiting: dict[tuple[int, int], asyncio.Future[None]] = {}
+        self._tickets = itertools.count()
         self._arrived = asyncio.Event()
         self._over = False
 
     async def wait(self, worker: int) -> None:
-        """Called by a worker at its boundary: wait for its turn."""
+        """Called by a worker at its boundary: wait for its turn. It may do several things side by side."""
         if self._over:
             return
-        self._waiting[worker] = asyncio.get_running_loop().create_future()
+        ticket = worker, next(self._tickets)
+        turn = self._waiting[ticket] = asyncio.get_running_loop().create_future()
         self._arrived.set()
-        await self._waiting[worker]
+        try:
+            await turn
+        finally:
+            self._waiting.pop(ticket, None)
 
     async def next(self, workers: dict[int, Process]) -> None:
         """Let one worker go, when every other one is at a boundary or waits for a lock."""
@@ -103,7 +111,7 @@ class Turns:
             self._waiting.pop(self._dice.choice(sorted(self._waiting))).set_result(None)
 
     async def _settled(self, workers: dict[int, Process]) -> bool:
-        going = workers.keys() - self._waiting.keys()
+        going = workers.keys() - {worker for worker, _ in self._waiting}
         if not going:
             return True
         self._arrived.clear()
@@ -120,11 +128,17 @@ class Turns:
             return True
         return False
 
+    def forget(self, worker: int) -> None:
+        """A worker is dead: what it waited for never comes."""
+        for ticket in [one for one in self._waiting if one[0] == worker]:
+            del self._waiting[ticket]
+
     def end(self) -> None:
         """Everybody may go."""
         self._over = True
         for future in self._waiting.values():
-            future.set_result(None)
+            if not future.done():
+                future.set_result(None)
         self._waiting.clear()
 
 
@@ -206,6 +220,7 @@ class Schedule:
                     # An idle worker looks again; others may have their turn before.
                     await self._turns.wait(number)
             except Dead:
+                self._turns.forget(number)
                 self._told.faults["death"] += 1
                 await self._world.gone(process)
 
@@ -258,8 +273,10 @@ class Schedule:
         if dice.random() < self.mix.clock_jump:
             self._told.faults["clock jump"] += 1
             minutes = dice.randint(-180, 180)
-            clock = f"SELECT clock_timestamp() + interval '{minutes} minutes'"
-            patch.setitem(SQL, "read_clock", clock)
+            for name, statement in CLOCKS.items():
+                moved = f"(clock_timestamp() + interval '{minutes} minutes')"
+                patch.setitem(SQL, name, statement.replace("clock_timestamp()", moved))
+                patch.setitem(NAMES, SQL[name], name)
 
     # -- workload -------------------------------------------------------------------------------------------------
 

@@ -424,7 +424,7 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
         "wait_longer": (letters, ["stripe"] * count, texts, texts),
         "unpark": (letters,),
         "claim_parked": (count,),
-        "read_outbox": ([0], count, 10**6),
+        "read_outbox": ([0], count, 10**6, [], [], []),
         "find_due_accounts": (500, []),
         "claim_patrol": (0.0, 0.0),
         "find_patrol_end": (now - timedelta(days=999), now, count),

@@ -7,9 +7,12 @@ import json
 from collections.abc import Sequence
 
 import asyncpg
+import pytest
 
 from workers.batch import Ledger, Report
+from workers.clock import settle_due
 from workers.store.set_aside import Work
+from workers.store.sql import SQL
 
 from .journal import problems
 from .kit import (
@@ -317,3 +320,17 @@ async def test_a_business_object_that_appears_meanwhile_is_locked_too(
     assert await money(owner, "ann") == (0, 10, 0, 0)
     assert await kinds(owner, "bob") == ["session_earning", "booking_reversal"]
     assert await problems(owner) == []
+
+
+async def test_what_is_due_and_gets_no_entry_waits_for_the_next_tick(
+    ledger: Ledger, owner: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that steps back between finding and deciding must not make a worker look again and again."""
+    await ledger.apply([grant("ann", 10), request("g1", "ann")])
+    await owner.execute(LAPSE)
+    earlier = "SELECT clock_timestamp() - interval '1 hour'"
+    with monkeypatch.context() as patch:
+        patch.setitem(SQL, "read_clock", earlier)
+        assert await settle_due(ledger, lambda _report: None) == 0
+
+    assert await settle_due(ledger, lambda _report: None) == 1

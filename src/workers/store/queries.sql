@@ -510,14 +510,17 @@ SELECT pg_try_advisory_lock($1, $2);
 
 -- name: read_outbox
 -- The oldest rows of the owned shards, as many as stay below a number of bytes, and one at least. Never "after the last
--- one": a row that commits late has a lower number.
+-- one": a row that commits late has a lower number. Left out: some topics, and on some topics some keys.
 WITH oldest AS (
     SELECT o.sequence, o.id, o.aggregatetype, o.aggregateid, o.type, o.payload, o.headers, d.key, d.value,
            d.headers AS record_headers, d.topic AS record_topic, d.partition AS record_partition,
            d.kafka_offset AS record_offset, d.reason, d.detail, d.dead_letter_id,
            sum(octet_length(o.payload) + coalesce(octet_length(d.value), 0))
                OVER (ORDER BY o.sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
-    FROM (SELECT * FROM outbox WHERE shard = ANY($1::smallint[]) ORDER BY sequence LIMIT $2) o
+    FROM (
+        SELECT * FROM outbox WHERE shard = ANY($1::smallint[]) AND aggregatetype <> ALL($4::text[])
+            AND (aggregatetype, aggregateid) NOT IN (SELECT * FROM unnest($5::text[], $6::text[]))
+        ORDER BY sequence LIMIT $2) o
     LEFT JOIN LATERAL (SELECT * FROM dead_letters d WHERE d.dead_letter_id = o.dead_letter_id OFFSET 0) d ON true
 )
 SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $3 ORDER BY sequence;
