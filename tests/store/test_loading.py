@@ -186,7 +186,7 @@ async def test_what_is_used_up_is_not_loaded(ledger: Ledger, pool: asyncpg.Pool)
     await ledger.apply([register("ann")])
 
     async with pool.acquire() as connection, connection.transaction():
-        state, _ = await load(connection, Reach(accounts={"user:ann"}))
+        state, _ = await load(connection, Reach(generation_ids={"g1"}))
 
     assert len(state.lots) == 2  # held is not used up
     assert state.accounts["user:ann"].held == 8
