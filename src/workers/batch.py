@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import tee
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
@@ -25,7 +26,7 @@ from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, CommandKey, Link, MergeAccounts, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
 from workers.ledger.model import Alert
-from workers.ledger.outcomes import Conflict, Rejected
+from workers.ledger.outcomes import Conflict, LotsNotLoaded, Rejected
 from workers.ledger.reach import reach_of
 from workers.messages import outbound
 from workers.messages.outbound import Publication
@@ -484,8 +485,16 @@ class Ledger:
             # An id that is linked gets an account, so that it can be locked: not for what changes nothing.
             keys = {command.cause.command_key for command in commands}
             decided = await find_decided(connection, keys)
-        state, now = await load(connection, reach_of(commands, catalogue, decided))
-        return execute(state, commands, now=now, catalogue=catalogue, ids=self._ids)
+        reach = reach_of(commands, catalogue, decided)
+        # Decided twice or once, a batch draws the same ids.
+        ids, again = tee(self._ids)
+        state, now = await load(connection, reach)
+        try:
+            return execute(state, commands, now=now, catalogue=catalogue, ids=ids)
+        except LotsNotLoaded as error:
+            log.info("lots_loaded_anew", account=str(error))
+        state, now = await load(connection, reach, all_lots=True)
+        return execute(state, commands, now=now, catalogue=catalogue, ids=again)
 
     # -- what is told -------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, date, datetime, timedelta
-from itertools import count
+from itertools import count, tee
 from typing import NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -59,6 +59,7 @@ from workers.ledger.commands import (
     UpdateOrganisation,
 )
 from workers.ledger.model import (
+    FAR_FUTURE,
     Alert,
     Allocation,
     Decided,
@@ -68,8 +69,8 @@ from workers.ledger.model import (
     Subscription,
     Usage,
 )
-from workers.ledger.outcomes import Applied, Conflict, Duplicate, Outcome, Rejected
-from workers.ledger.reach import Reach, reach_of
+from workers.ledger.outcomes import Applied, Conflict, Duplicate, LotsNotLoaded, Outcome, Rejected
+from workers.ledger.reach import Reach, demands, named_lots, reach_of
 
 ANN, BOB, CAT = "user:ann", "user:bob", "user:cat"
 ACME = "org:acme"
@@ -132,7 +133,18 @@ def ids() -> Iterator[UUID]:
 
 def columns(row: object, *, without: tuple[str, ...] = ()) -> dict[str, object]:
     """A row's values, without the marks that tell the store what to do with it."""
-    marks = {"fresh", "changed", "settled", "lots", "due", "allocations", "left", *without}
+    marks = {
+        "fresh",
+        "changed",
+        "settled",
+        "lots",
+        "loaded_to",
+        "whole",
+        "due",
+        "allocations",
+        "left",
+    }
+    marks |= set(without)
     return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in marks}
 
 
@@ -142,6 +154,7 @@ def _copy(row):
         "changed": False,
         "settled": False,
         "lots": [],
+        "loaded_to": {},
         "due": [],
         "allocations": [],
     }
@@ -158,7 +171,10 @@ def _copy(row):
 
 @dataclass
 class Ledger:
-    """Accounts and a clock that stands still until it is told to move."""
+    """Accounts and a clock that stands still until it is told to move.
+
+    Of lots it loads as few as may do (R3), unless told to load all; `loaded_anew` counts how often they did not.
+    """
 
     catalogue: Catalogue = CATALOGUE
     now: datetime = START
@@ -178,6 +194,8 @@ class Ledger:
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
     commands: int = 0
+    all_lots: bool = False
+    loaded_anew: int = 0
 
     # -- asking -------------------------------------------------------------------------------------------
 
@@ -290,18 +308,28 @@ class Ledger:
     def run(self, *commands: Command) -> Execution:
         """One batch: load, execute, check, write back."""
         state = self.load(commands)
-        execution = self.execute(state, commands)
+        ids, again = tee(self.ids)
+        try:
+            execution = self.execute(state, commands, ids)
+        except LotsNotLoaded:
+            assert not self.all_lots
+            self.loaded_anew += 1
+            execution = self.execute(self._load_all_lots(commands), commands, again)
         self._write_back(execution)
         return execution
 
-    def execute(self, state: Snapshot, commands: tuple[Command, ...]) -> Execution:
+    def execute(
+        self, state: Snapshot, commands: tuple[Command, ...], ids: Iterator[UUID] | None = None
+    ) -> Execution:
         """The core, with this ledger's time, catalogue and ids."""
-        return execute_batch(state, commands, now=self.now, catalogue=self.catalogue, ids=self.ids)
+        return execute_batch(
+            state, commands, now=self.now, catalogue=self.catalogue, ids=ids or self.ids
+        )
 
     def look(self) -> Snapshot:
         """Every account as a decision would find it now, with nothing written back."""
         settle = tuple(self.command(Settle(name)) for name in self.accounts)
-        state = self.load(settle)
+        state = self._load_all_lots(settle)
         # Ids of their own: what is granted here must not take the place of what is stored.
         others = (UUID(int=number) for number in count(1))
         execute_batch(state, settle, now=self.now, catalogue=self.catalogue, ids=others)
@@ -379,14 +407,7 @@ class Ledger:
                 state.accounts[row.account_id].due.append(due)
             elif {row.account_id, row.released_to} & merging:
                 state.generations.setdefault(row.generation_id, _copy(row))
-        wanted = {
-            lot_id
-            for row in state.purchases.values()
-            for lot_id in (row.lot_id, *(part.lot_id for part in row.parts))
-        }
-        for row in self.lot_rows.values():
-            if (row.account_id in names and row.remaining > 0) or row.lot_id in wanted:
-                state.lots[row.lot_id] = _copy(row)
+        self._load_lots(state, reach, merging)
         for key, row in self.allocations.items():
             running = row.account_id in names and row.next_at is not None
             if (
@@ -423,6 +444,37 @@ class Ledger:
             if wanted and (row.day >= since or row.day in days):
                 state.member_usage[key] = _copy(row)
         return state
+
+    def _load_all_lots(self, commands: tuple[Command, ...]) -> Snapshot:
+        seldom, self.all_lots = self.all_lots, True
+        state = self.load(commands)
+        self.all_lots = seldom
+        return state
+
+    def _load_lots(self, state: Snapshot, reach: Reach, giving: set[str]) -> None:
+        """What business objects name; of each pool the first lot, and further ones while they do not cover what is asked."""
+        asked, wanted = demands(reach, state), named_lots(state)
+        for name, account in state.accounts.items():
+            account.whole = self.all_lots or name in giving
+            if account.whole:
+                wanted |= {lot.lot_id for lot in self.lots(name)}
+                continue
+            for pool in ("subscription", "purchased"):
+                lots = [lot for lot in self.lots(name) if lot.pool == pool and lot.unheld]
+                left, last = asked.get(name, 0), None
+                for lot in lots:
+                    if (
+                        last is not None
+                        and left <= 0
+                        and (last.expires_at or FAR_FUTURE) > self.now
+                    ):
+                        account.loaded_to[pool] = last.order()
+                        break
+                    wanted.add(lot.lot_id)
+                    last = lot
+                    left -= lot.unheld if (lot.expires_at or FAR_FUTURE) > self.now else 0
+        for lot_id in wanted & self.lot_rows.keys():
+            state.lots[lot_id] = _copy(self.lot_rows[lot_id])
 
     def _linked_with(self, names: set[str]) -> set[str]:
         """Whom accounts were merged into, whom mirrors show, and between whom holds will move what they release."""

@@ -12,7 +12,7 @@ from workers.ledger.commands import (
 )
 from workers.ledger.model import Account
 from workers.ledger.outcomes import APPLIED, DUPLICATE, Outcome, Rejected
-from workers.ledger.writer import Move, Transaction, Writer
+from workers.ledger.writer import Transaction, Writer, taking
 
 # Sums of grants stay below this, far from bigint's end: no total can overflow.
 BALANCE_MAX = 10**15
@@ -86,17 +86,10 @@ def adjust_credits(writer: Writer, action: AdjustCredits, transaction: Transacti
             account, "adjustment", "purchased", action.credits, transaction, reference=reference
         )
         return APPLIED
-    missing = -action.credits
-    moves = []
-    for lot in account.lots:
-        if lot.pool == "purchased" and lot.unheld and missing:
-            part = min(lot.unheld, missing)
-            moves.append(Move(lot, -part, 0))
-            missing -= part
-    if missing:
-        return Rejected(
-            "insufficient_credits", account.account_id, -action.credits, -action.credits - missing
-        )
+    moves = taking(account.spendable("purchased"), -action.credits)
+    available = -sum(move.amount for move in moves)
+    if available < -action.credits:
+        return Rejected("insufficient_credits", account.account_id, -action.credits, available)
     writer.write(account, "adjustment", moves, transaction)
     return APPLIED
 

@@ -58,6 +58,7 @@ def take_in(writer: Writer, link: Link, transaction: Transaction) -> bool:
 
 
 def _merge(writer: Writer, source: Account, target: Account, transaction: Transaction) -> None:
+    source.must_be_whole()
     leaving = [Move(lot, -lot.remaining, -lot.held) for lot in source.lots]
     debt = source.debt
     writer.write(source, "merge", leaving, transaction, debt=-debt)

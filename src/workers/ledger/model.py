@@ -23,6 +23,7 @@ from workers.ledger.commands import (
     Pool,
     RefundStatus,
 )
+from workers.ledger.outcomes import LotsNotLoaded
 
 Kind: TypeAlias = Literal[
     "signup_grant",
@@ -47,6 +48,9 @@ Kind: TypeAlias = Literal[
     "import",
 ]
 GenerationState: TypeAlias = Literal["held", "completed", "failed", "cancelled", "lapsed"]
+
+# Where a lot stands in consumption order: the lesser is taken first.
+Place: TypeAlias = tuple[bool, datetime, datetime, int, int, UUID]
 
 FAR_FUTURE = datetime.max.replace(tzinfo=UTC)
 MONTHS = 12
@@ -91,7 +95,7 @@ class Lot:
         """What of the lot may be taken."""
         return self.remaining - self.held
 
-    def order(self) -> tuple[bool, datetime, datetime, int, int, UUID]:
+    def order(self) -> Place:
         """R3: subscription before purchased, soonest to expire first, then the oldest."""
         return (
             self.pool == "purchased",
@@ -107,6 +111,9 @@ class Lot:
 class Account:
     """One owner's balance (R1, R2). `lots` are the open ones, in consumption order; `due` are the holds past their
     deadline. No month of `allocations` falls due before `allocate_at`; they are loaded when that has come.
+
+    Of an account that has many lots those alone are loaded that a batch may come to. What is missing of a pool then comes
+    after its place in `loaded_to`, or is fully held; `whole` says that nothing is missing.
     """
 
     account_id: str
@@ -126,6 +133,8 @@ class Account:
     updated_at: datetime | None = None
     allocate_at: datetime | None = None
     lots: list[Lot] = field(default_factory=list)
+    loaded_to: dict[Pool, Place] = field(default_factory=dict)
+    whole: bool = True
     due: list["Generation"] = field(default_factory=list)
     allocations: list["Allocation"] = field(default_factory=list)
     settled: bool = False
@@ -140,6 +149,32 @@ class Account:
     def available(self) -> int:
         """What may be spent, once the account is settled."""
         return self.subscription + self.purchased - self.held
+
+    def spendable(self, *pools: Pool) -> Iterator[Lot]:
+        """The lots of these pools in consumption order (R3).
+
+        Raises LotsNotLoaded where the next one was not loaded: whoever has enough must not ask for another.
+        """
+        for pool in pools:
+            end = self.loaded_to.get(pool)
+            for lot in self.lots:
+                if lot.pool != pool:
+                    continue
+                if end is not None and lot.order() > end:
+                    break
+                yield lot
+            if end is not None:
+                raise LotsNotLoaded(self.account_id)
+
+    def must_know_expired(self, moment: datetime) -> None:
+        """Raises LotsNotLoaded unless every lot is loaded whose unheld credits have expired by a moment."""
+        if any(expires_at <= moment for _, expires_at, *_ in self.loaded_to.values()):
+            raise LotsNotLoaded(self.account_id)
+
+    def must_be_whole(self) -> None:
+        """Raises LotsNotLoaded unless every open lot is loaded, those that are fully held included."""
+        if not self.whole:
+            raise LotsNotLoaded(self.account_id)
 
     def plan_months(self) -> None:
         """Say when the next month of a yearly period falls due, so that whoever loads the account then brings it."""

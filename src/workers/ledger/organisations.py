@@ -105,6 +105,7 @@ def update_organisation(
 
 def _switch(writer: Writer, giver: Account, receiver: Account, transaction: Transaction) -> None:
     """Unheld credits move as they are; what open holds will release to the giver goes to the receiver instead."""
+    giver.must_be_whole()
     parts = [(lot, lot.unheld) for lot in giver.lots]
     writer.hand_over(giver, receiver, parts, transaction)
     for generation in writer.state.generations.values():

@@ -24,6 +24,10 @@ class InvariantViolated(Exception):  # noqa: N818 - it is a statement of fact, n
     """The core was about to break a rule of the ledger: a programmer error. Nothing may be written."""
 
 
+class LotsNotLoaded(Exception):  # noqa: N818 - an instruction: load all lots and decide anew
+    """A decision came to lots that were not loaded. Nothing may be written: it must not be made on a part of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """The command took effect."""

@@ -238,8 +238,8 @@ def _claw(
         if gone > 0:
             parts.append(ClawedPart("expired", gone, own.lot_id))
             missing -= gone
-    others = [lot for lot in account.lots if lot is not own]
-    for lot in sorted(others, key=lambda lot: lot.pool == "subscription"):
+    others = (lot for lot in account.spendable("purchased", "subscription") if lot is not own)
+    while missing and (lot := next(others, None)) is not None:
         missing -= take(lot)
     if missing:
         parts.append(ClawedPart("debt", missing, None))

@@ -1,11 +1,14 @@
 """What a batch of commands reads, by name, so that one load can bring all of it before anything is decided."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import (
     Action,
+    AdjustCredits,
     BuyPack,
     CancelBooking,
     Command,
@@ -25,9 +28,11 @@ from workers.ledger.commands import (
     RequestGeneration,
     Settle,
     StartPeriods,
+    TransferCredits,
     UpdateOrganisation,
     accounts_of,
 )
+from workers.ledger.model import Account, Snapshot
 from workers.ledger.periods import period_key
 
 
@@ -35,7 +40,8 @@ from workers.ledger.periods import period_key
 class Reach:
     """Names only; business objects may add accounts. `money` are Stripe's ids of payments, charges and invoices;
     `merging` are accounts of which even that is needed which no command names. `modes` are those that organisations are
-    said to have, and `mirrored` the members of those that are said to be mirrors.
+    said to have, and `mirrored` the members of those that are said to be mirrors. `asked` are the credits that each command
+    may take of an account.
     """
 
     accounts: set[str] = field(default_factory=set)
@@ -49,6 +55,7 @@ class Reach:
     organisations: set[str] = field(default_factory=set)
     modes: dict[str, set[str]] = field(default_factory=dict)
     mirrored: set[str] = field(default_factory=set)
+    asked: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
 def reach_of(
@@ -82,8 +89,19 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
             organisation = getattr(action, "organization_id", None)
             if organisation is not None:
                 reach.organisations.add(organisation)
-        case RequestBooking() | CancelBooking():
+            if isinstance(action, RequestGeneration | CompleteGeneration):
+                price = catalogue.generation_price(action.kind, action.model, action.units or 1)
+                payers = (action.account, *([f"org:{organisation}"] if organisation else []))
+                _ask(reach, price or action.credits or 0, *payers)
+        case RequestBooking():
             reach.booking_ids.add(action.booking_id)
+            _ask(reach, action.credits, action.client)
+        case CancelBooking():
+            reach.booking_ids.add(action.booking_id)
+        case TransferCredits():
+            _ask(reach, action.credits, action.sender)
+        case AdjustCredits():
+            _ask(reach, -action.credits, action.account)
         case BuyPack():
             reach.purchase_keys.add(action.purchase_key)
             _add_money(reach, action.payment_id)
@@ -112,11 +130,57 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
         case ImportCredits():
             reach.purchase_keys.add(action.import_key)
             for entry in action.entries:
+                _ask(reach, -entry.credits, action.account)
                 if entry.purchase_key is not None:
                     reach.purchase_keys.add(entry.purchase_key)
                 _add_money(reach, entry.payment_id)
         case _:
             pass
+
+
+def demands(reach: Reach, state: Snapshot) -> dict[str, int]:
+    """How many credits the commands may take of the loaded accounts: of so many their lots have to be loaded.
+
+    An estimate. What is asked of an account that has less is left out, because it is refused without a look at a lot; an
+    inflow before it, or a price that only the hold names, may prove that wrong, and then the decision asks for all lots.
+    """
+    wanted: defaultdict[str, int] = defaultdict(int)
+    for name, asked in reach.asked.items():
+        if (account := _heir(state, name)) is not None:
+            wanted[account.account_id] += sum(one for one in asked if one <= account.available)
+    for booking in state.bookings.values():
+        if (account := _heir(state, booking.practitioner)) is not None:
+            wanted[account.account_id] += booking.credits - booking.given_back
+    for purchase in state.purchases.values():
+        if state.payments.keys().isdisjoint({purchase.payment_id, purchase.invoice_id}):
+            continue
+        if (account := _heir(state, purchase.account_id)) is not None:
+            wanted[account.account_id] += purchase.credits - purchase.clawed
+    return wanted
+
+
+def named_lots(state: Snapshot) -> set[UUID]:
+    """The lots that loaded business objects name, wherever they stand among others: those that were bought, clawed back,
+    pinned by holds or earned by bookings.
+    """
+    named = {purchase.lot_id for purchase in state.purchases.values()}
+    named |= {part.lot_id for purchase in state.purchases.values() for part in purchase.parts}
+    named |= {pin.lot_id for one in state.generations.values() for pin in one.pinned}
+    named |= {booking.earning_lot for booking in state.bookings.values()}
+    return {lot_id for lot_id in named if lot_id is not None}
+
+
+def _heir(state: Snapshot, account_id: str | None) -> Account | None:
+    account = state.accounts.get(account_id) if account_id is not None else None
+    while account is not None and account.merged_into is not None:
+        account = state.accounts.get(account.merged_into)
+    return account
+
+
+def _ask(reach: Reach, credits: int, *accounts: str) -> None:
+    if credits > 0:
+        for account_id in accounts:
+            reach.asked[account_id].append(credits)
 
 
 def _names(ids: PaymentIds) -> tuple[str | None, ...]:

@@ -35,6 +35,7 @@ def settle(writer: Writer, account: Account) -> None:
         else:
             _grant_month(writer, owner, due)
     for one in together:
+        one.must_know_expired(writer.now)
         for lot in list(one.lots):
             writer.expire(one, lot, writer.now)
         one.plan_months()

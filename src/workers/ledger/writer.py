@@ -8,6 +8,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
+from itertools import chain
 from typing import NamedTuple
 from uuid import UUID
 
@@ -82,6 +83,19 @@ class Move(NamedTuple):
     lot: Lot
     amount: int
     held: int
+
+
+def taking(lots: Iterable[Lot], credits: int) -> list[Move]:
+    """Plan to take unheld credits of lots one after the other: so many, or all that they have. No lot is asked for that is
+    not needed.
+    """
+    moves, missing, remaining = [], credits, iter(lots)
+    while missing > 0 and (lot := next(remaining, None)) is not None:
+        part = min(missing, lot.unheld)
+        if part > 0:
+            moves.append(Move(lot, -part, 0))
+            missing -= part
+    return moves
 
 
 @dataclass(slots=True)
@@ -333,20 +347,11 @@ class Writer:
 
     def take(self, account: Account, credits: int, *, first: Lot | None = None) -> list[Move]:
         """Plan to take unheld credits in consumption order (R3), from `first` before all others if given."""
-        moves = []
-        missing = credits
-        lots = (
-            account.lots
-            if first is None
-            else [first, *(lot for lot in account.lots if lot is not first)]
-        )
-        for lot in lots:
-            if missing == 0:
-                break
-            part = min(missing, lot.unheld)
-            if part > 0:
-                moves.append(Move(lot, -part, 0))
-                missing -= part
+        lots = account.spendable("subscription", "purchased")
+        if first is not None:
+            lots = chain((first,), (lot for lot in lots if lot is not first))
+        moves = taking(lots, credits)
+        missing = credits + sum(move.amount for move in moves)
         if missing:
             raise InvariantViolated(
                 f"{account.account_id} has {missing} credits less than its totals say"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from typing import TypeAlias
@@ -12,7 +13,7 @@ from zoneinfo import ZoneInfo
 import asyncpg
 import orjson
 
-from workers.ledger.commands import AsOf, CommandKey
+from workers.ledger.commands import AsOf, CommandKey, Pool
 from workers.ledger.model import (
     Account,
     Allocation,
@@ -33,12 +34,17 @@ from workers.ledger.model import (
     Subscription,
     Usage,
 )
-from workers.ledger.reach import Reach
+from workers.ledger.reach import Reach, demands, named_lots
 from workers.store.sql import SQL
 
 Connection: TypeAlias = (
     "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 )
+
+# So many open lots of a pool are loaded at least: most accounts have fewer, and so have all of theirs.
+LOTS_AT_FIRST = 16
+# Where they do not cover what is asked, so many times as many come next: 16, 128, 1,024, 8,192, 65,536.
+LOTS_GROWTH = 8
 
 
 class OwnersChanged(Exception):  # noqa: N818 - an instruction: roll back and load anew
@@ -61,8 +67,11 @@ async def find_decided(connection: Connection, keys: Collection[CommandKey]) -> 
     return {CommandKey(row[0], row[1], row[2]) for row in rows}
 
 
-async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime]:
-    """Lock what a batch touches and read all that is theirs. Returns the snapshot and the time of the decision (R12).
+async def load(
+    connection: Connection, reach: Reach, *, all_lots: bool = False
+) -> tuple[Snapshot, datetime]:
+    """Lock what a batch touches and read what is theirs. Returns the snapshot and the time of the decision (R12). Of lots
+    only those that it may come to, unless `all_lots` are wanted. Nobody locks them: whoever changes one has locked its account.
 
     One order for every writer: payments, then accounts, each by id; what is inserted under a unique key is sorted too.
 
@@ -82,12 +91,14 @@ async def load(connection: Connection, reach: Reach) -> tuple[Snapshot, datetime
         await _load_payments(connection, state, money)
     await _load_purchases(connection, state, reach, money)
     _refuse_unlocked_changes(state, reach, money)
-    await _load_lots(connection, state, locked)
     await _load_allocations(connection, state, reach, money)
     await _load_subscriptions(connection, state, reach, locked)
     await _load_organisations(connection, state, reach)
-    await _load_generations(connection, state, reach, locked, now)
+    giving = _giving(state, reach)
+    await _load_generations(connection, state, reach, locked, giving, now)
     await _load_bookings(connection, state, reach.booking_ids)
+    whole = state.accounts.keys() if all_lots else giving
+    await _load_lots(connection, state, reach, whole, now)
     await _load_usage(connection, state, locked, now)
     await _load_member_usage(connection, state, now)
     _refuse_strangers(state)
@@ -253,24 +264,75 @@ async def _load_purchases(
         state.purchases[row["purchase_key"]] = Purchase(parts=parts, **fields)
 
 
-async def _load_lots(connection: Connection, state: Snapshot, locked: list[str]) -> None:
-    """The open lots of locked accounts, and those from which a clawback may take or to which it may give back."""
-    named = {
-        lot_id
-        for purchase in state.purchases.values()
-        for lot_id in (purchase.lot_id, *(part.lot_id for part in purchase.parts))
-        if lot_id is not None
-    }
-    if not locked and not named:
-        return
-    for row in await connection.fetch(SQL["load_lots"], locked, list(named)):
-        lot = Lot(**row)
-        state.lots[lot.lot_id] = lot
+async def _load_lots(
+    connection: Connection, state: Snapshot, reach: Reach, giving: Collection[str], now: datetime
+) -> None:
+    """The lots that the batch may come to: those that business objects name, all of accounts that give everything away, and
+    of each other account so many in consumption order as cover what is asked of it, with all that have expired.
+
+    Who has few lots gets them all. Who has many is looked at again while there is not enough: a statement for each
+    `LOTS_GROWTH`-fold, however many accounts and commands there are.
+    """
+    asked = demands(reach, state)
+    lacking: dict[tuple[str, Pool], int] = {}
+    for name, account in state.accounts.items():
+        account.whole = name in giving
+        for pool in ("subscription", "purchased"):
+            # The row says so: a pool without credits has no open lot (R2).
+            if not account.whole and getattr(account, pool):
+                lacking[name, pool] = asked.get(name, 0)
+    whole, named = list(giving), list(named_lots(state))
+    offset, limit = 0, LOTS_AT_FIRST
+    while lacking or whole or named:
+        pools = [list(names) for names in zip(*lacking, strict=True)] or [[], []]
+        rows = await connection.fetch(SQL["load_lots"], whole, named, *pools, limit, offset)
+        in_order: defaultdict[tuple[str, Pool], list[Lot]] = defaultdict(list)
+        for row in rows:
+            lot = state.lots.get(row["lot_id"]) or _lot(row)
+            state.lots[lot.lot_id] = lot
+            if row["in_order"]:
+                in_order[lot.account_id, lot.pool].append(lot)
+        lacking = _not_enough(state, lacking, in_order, limit, now)
+        whole, named, offset, limit = [], [], offset + limit, limit * LOTS_GROWTH
+    for lot in state.lots.values():
         owner = state.accounts.get(lot.account_id)
         if owner is not None and lot.remaining > 0:
             owner.lots.append(lot)
     for account in state.accounts.values():
         account.lots.sort(key=Lot.order)
+
+
+def _not_enough(
+    state: Snapshot,
+    lacking: Mapping[tuple[str, Pool], int],
+    in_order: Mapping[tuple[str, Pool], Sequence[Lot]],
+    limit: int,
+    now: datetime,
+) -> dict[tuple[str, Pool], int]:
+    """Say how far the pools that were asked for are loaded now, and which of them still lack how many credits."""
+    again = {}
+    for (name, pool), credits in lacking.items():
+        lots = in_order.get((name, pool), ())
+        ends = state.accounts[name].loaded_to
+        if len(lots) < limit:
+            ends.pop(pool, None)
+            continue
+        last = max(lots, key=Lot.order)
+        ends[pool] = last.order()
+        left = credits - sum(lot.unheld for lot in lots if not _is_over(lot, now))
+        if left > 0 or _is_over(last, now):
+            again[name, pool] = left
+    return again
+
+
+def _is_over(lot: Lot, now: datetime) -> bool:
+    return lot.expires_at is not None and lot.expires_at <= now
+
+
+def _lot(row: asyncpg.Record) -> Lot:
+    fields = dict(row)
+    del fields["in_order"]
+    return Lot(**fields)
 
 
 async def _load_allocations(
@@ -303,15 +365,18 @@ async def _load_subscriptions(
 
 
 async def _load_generations(
-    connection: Connection, state: Snapshot, reach: Reach, locked: list[str], now: datetime
+    connection: Connection,
+    state: Snapshot,
+    reach: Reach,
+    locked: list[str],
+    giving: Collection[str],
+    now: datetime,
 ) -> None:
     if not locked and not reach.generation_ids:
         return
     named = list(reach.generation_ids)
     rows = await connection.fetch(SQL["load_generations"], named, locked, now)
-    giving = reach.merging | _switching(state, reach)
     if giving:
-        giving = {_heir(state, account_id).account_id for account_id in giving}
         rows += await connection.fetch(SQL["load_holds"], named, list(giving), now)
     for row in rows:
         fields = dict(row)
@@ -322,6 +387,12 @@ async def _load_generations(
         deadline = generation.deadline_at
         if deadline is not None and deadline <= now and generation.account_id in state.accounts:
             state.accounts[generation.account_id].due.append(generation)
+
+
+def _giving(state: Snapshot, reach: Reach) -> set[str]:
+    """The accounts whose everything may be moved to another one: they are loaded with all lots and all open holds."""
+    giving = reach.merging | _switching(state, reach)
+    return {_heir(state, account_id).account_id for account_id in giving}
 
 
 def _switching(state: Snapshot, reach: Reach) -> set[str]:

@@ -145,14 +145,24 @@ CROSS JOIN LATERAL (
 ) c;
 
 -- name: load_lots
--- The open lots of the locked accounts, and those that purchases name, open or not.
+-- All open lots of accounts that give everything away, those that business objects name, open or not, and the next ones of
+-- pools of accounts in the order in which they are consumed (R3), as the index has them. What is fully held is nothing to
+-- consume: each of these is worth a credit at least.
 SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
-       subscription_id, period_start, granted_version, granted_at, position
+       subscription_id, period_start, granted_version, granted_at, position, false AS in_order
 FROM lots WHERE account_id = ANY($1::text[]) AND open
 UNION ALL
 SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
-       subscription_id, period_start, granted_version, granted_at, position
-FROM lots WHERE lot_id = ANY($2::uuid[]) AND NOT (open AND account_id = ANY($1::text[]));
+       subscription_id, period_start, granted_version, granted_at, position, false
+FROM lots WHERE lot_id = ANY($2::uuid[])
+UNION ALL
+SELECT lot_id, account_id, pool, granted, remaining, held, expired, clawed, expires_at, source_kind, source_reference,
+       subscription_id, period_start, granted_version, granted_at, position, true
+FROM unnest($3::text[], $4::text[]) AS wanted (id, of)
+CROSS JOIN LATERAL (
+    SELECT * FROM lots l WHERE l.account_id = wanted.id AND l.pool = wanted.of AND l.open AND l.remaining > l.held
+    ORDER BY l.expires_at, l.granted_at, l.granted_version, l.position, l.lot_id LIMIT $5 OFFSET $6
+) l;
 
 -- name: load_generations
 -- The generations that are named, and the holds that are past their deadline of locked accounts, or will release to them.
