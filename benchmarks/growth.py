@@ -112,9 +112,9 @@ FROM versions, LATERAL (SELECT CASE v WHEN 1 THEN $5::bigint ELSE -$6::bigint EN
 """
 
 _INDEXES = """
-SELECT c.conname, format('ALTER TABLE %s ADD CONSTRAINT %I %s', i.indrelid::regclass, c.conname,
-                         pg_get_constraintdef(c.oid)) AS make_constraint,
-       pg_get_indexdef(i.indexrelid) AS make_index, i.indexrelid::regclass::text AS name,
+SELECT c.conname, CASE WHEN c.oid IS NULL THEN pg_get_indexdef(i.indexrelid)
+                       ELSE format('ALTER TABLE %s ADD CONSTRAINT %I %s', i.indrelid::regclass, coalesce(c.conname, ''),
+                                   pg_get_constraintdef(c.oid)) END AS make, i.indexrelid::regclass::text AS name,
        i.indrelid::regclass::text AS owner
 FROM pg_index i LEFT JOIN pg_constraint c ON c.conindid = i.indexrelid AND c.conrelid = i.indrelid
 WHERE i.indrelid = ANY($1::regclass[])
@@ -157,8 +157,7 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
         await connection.execute("SET maintenance_work_mem = '1GB'")
         for index in indexes:
             say(f"{size}: index {index['name'].removeprefix('credits.')}")
-            make = index["make_constraint"] if index["conname"] else index["make_index"]
-            await connection.execute(make)
+            await connection.execute(index["make"])
         for table in switched:
             await connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER ALL")
         # Switched on as a whole, those that fire ALWAYS would be plain ones.

@@ -31,6 +31,7 @@ NAMES = {
     "copy_limit": "COPY alone",
 }
 CASE_NAMES = {"growth_small": "small ledger", "growth_large": "large ledger"}
+DISTURBED = "†"
 QUANTILES = ("p50", "p99", "p99_9", "max")
 BACKLOGS = ("uniform", "hot", "bookings", "duplicates", "mixed")
 
@@ -329,10 +330,21 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         )
     if report["disturbed"]:
         told.append(
-            f"**Others used more than {FOREIGN_SHARE_MAX:.0%} of the machine during these runs, so their figures are not "
-            f"to be trusted:** {'; '.join(report['disturbed'])}."
+            f"**Others used more than {FOREIGN_SHARE_MAX:.0%} of the machine during runs of what is marked with "
+            f"{DISTURBED}, so these figures are not to be trusted:** {_disturbed(report)}."
         )
     return [line for paragraph in told for line in (paragraph, "")][:-1]
+
+
+def _disturbed(report: Mapping[str, Any]) -> str:
+    """How many, and how much."""
+    shares = [
+        found["foreign_cpu_share"]["max"]
+        for subjects in report["cases"].values()
+        for found in subjects.values()
+    ]
+    count, most = len(report["disturbed"]), min(1.0, max(shares))
+    return f"{count} of {len(shares)} rows, with up to {most:.0%} of all processor time in others' hands"
 
 
 def _picture(pictures: Mapping[str, str] | None, name: str, alt: str) -> list[str]:
@@ -356,7 +368,8 @@ def _speed(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
     told = found["events_per_second"]
-    return f"**{told['median']:,.0f}** ({told['min']:,.0f} – {told['max']:,.0f})"
+    mark = f" {DISTURBED}" if found["foreign_cpu_share"]["max"] > FOREIGN_SHARE_MAX else ""
+    return f"**{told['median']:,.0f}** ({told['min']:,.0f} – {told['max']:,.0f}){mark}"
 
 
 def _throughput(report: Mapping[str, Any]) -> list[str]:
@@ -584,7 +597,7 @@ up by another {warm_up_events:,}. Only growth's ledgers are shared by their runs
 - **straightforward**: FastStream's single-message subscribers and one transaction for each event, with as many consumers as \
 do best. Parsing, ledger, tables, outbox and relay are the product's; `one-event` is a path written for one event (BEGIN, \
 lock, load, write, COMMIT: five round trips; no lock and no write for a repeat; no more lots read than the event needs), \
-`batch-of-one` is the product's own path with one record. It parks nothing, keeps no clock and logs nothing. Offsets are \
+`batch-of-one` is the product's own path with one record, and what `one-event` hands on to it (Stripe, sign-ups). It parks nothing, keeps no clock and logs nothing. Offsets are \
 committed after the transactions.
 - **SQL function**: the same subscribers and relay around one call of a PL/pgSQL function for each event, which is its own \
 transaction: one round trip. Kafka is in its way in and out as it is in everybody's, so that all are clocked alike and their \
@@ -714,7 +727,9 @@ def plain(report: Mapping[str, Any]) -> str:
         if one["met"] is not None
     ]
     if report["disturbed"]:
-        rows.append(f"Others used the machine: {'; '.join(report['disturbed'])}")
+        rows.append(
+            f"Others used the machine, so its figures are not to be trusted: {_disturbed(report)}"
+        )
     if not report["complete"]:
         rows.append(f"Not everything was measured: {report['ended']}")
     return "\n".join(rows)
