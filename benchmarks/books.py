@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -224,9 +224,11 @@ async def judge(
     connection: asyncpg.Connection[asyncpg.Record],
     work: Workload,
     before: Before,
-    messages: Sequence[ConsumerRecord[Any, Any]],
+    told: Counter[tuple[str, int]],
 ) -> Effects:
-    """What a run left. Raises VoidError when it is not exactly what its events must leave."""
+    """What a run left; `told` counts the versions that were published. Raises VoidError when it is not exactly what
+    its events must leave.
+    """
     then = before.effects
     after = await effects(connection, work.accounts, _keys(work))
     found = {
@@ -254,7 +256,6 @@ async def judge(
         for name in found
         if found[name] != wanted[name]
     ]
-    told = Counter(_version_of(message) for message in messages)
     journal = {
         (account, version)
         for account, last in (await _versions(connection, work)).items()
@@ -269,7 +270,8 @@ async def judge(
     return after
 
 
-def _version_of(message: ConsumerRecord[Any, Any]) -> tuple[str, int]:
+def version_of(message: ConsumerRecord[Any, Any]) -> tuple[str, int]:
+    """The account and version that a `credit.changed` tells."""
     data = orjson.loads(message.value or b"{}")
     return data["account_id"], data["version"]
 
@@ -282,23 +284,28 @@ def same(name: str, found: dict[str, Effects]) -> None:
 
 
 async def read_topic(
-    bootstrap: str, topic: str, begin: dict[TopicPartition, int], end: dict[TopicPartition, int]
-) -> list[ConsumerRecord[Any, Any]]:
-    """Every record of a topic between two positions, as any subscriber would see them."""
+    bootstrap: str,
+    topic: str,
+    begin: dict[TopicPartition, int],
+    end: dict[TopicPartition, int],
+    take: Callable[[ConsumerRecord[Any, Any]], None],
+) -> None:
+    """Hand over every record of a topic between two positions, as any subscriber would see them."""
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
     await consumer.start()
-    found: list[ConsumerRecord[Any, Any]] = []
+    found = 0
     try:
         consumer.assign(list(end))
         for partition in end:
             consumer.seek(partition, begin[partition])
         wanted = sum(end[partition] - begin[partition] for partition in end)
-        while len(found) < wanted:
+        while found < wanted:
             parts = await consumer.getmany(timeout_ms=READ_SECONDS_MAX * 1000)
             if not parts:
-                raise VoidError(f"{topic} was to give {wanted} records and gave {len(found)}")
+                raise VoidError(f"{topic} was to give {wanted} records and gave {found}")
             for part in parts.values():
-                found += part
+                found += len(part)
+                for record in part:
+                    take(record)
     finally:
         await consumer.stop()
-    return found

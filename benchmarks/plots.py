@@ -7,11 +7,11 @@ Every bar and point carries its figure as text, so that no reader has to measure
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 WIDTH = 760
-LEFT, RIGHT, TOP = 118, 96, 58
+LEFT, RIGHT, TOP = 132, 84, 58
 BAR, GAP, GROUP_GAP = 15, 3, 16
 
 _STYLE = """
@@ -19,6 +19,7 @@ _STYLE = """
     .title { font-size: 15px; font-weight: 600 }
     .note, .tick { fill: #59636e }
     .number { font-variant-numeric: tabular-nums }
+    .halo { paint-order: stroke; stroke: #fff; stroke-width: 4px; stroke-linejoin: round }
     .grid { stroke: #d1d9e0; stroke-width: 1 }
     .target { stroke: #59636e; stroke-width: 1.5; stroke-dasharray: 5 4 }
     .spread { stroke: #1f2328; stroke-width: 1.25; opacity: .65 }
@@ -26,7 +27,7 @@ _STYLE = """
     .l0 { stroke: #0969da } .l1 { stroke: #bc4c00 } .l2 { stroke: #8250df } .l3 { stroke: #818b98 }
     .line { fill: none; stroke-width: 2.25; stroke-linejoin: round }
     @media (prefers-color-scheme: dark) {
-      text { fill: #f0f6fc } .note, .tick { fill: #9198a1 }
+      text { fill: #f0f6fc } .note, .tick { fill: #9198a1 } .halo { stroke: #0d1117 }
       .grid { stroke: #3d444d } .target { stroke: #9198a1 } .spread { stroke: #f0f6fc }
       .c0 { fill: #4493f8 } .c1 { fill: #db6d28 } .c2 { fill: #ab7df8 } .c3 { fill: #9198a1 }
       .l0 { stroke: #4493f8 } .l1 { stroke: #db6d28 } .l2 { stroke: #ab7df8 } .l3 { stroke: #9198a1 }
@@ -86,7 +87,6 @@ class Line:
     """Points of a line: x in the order of the axis."""
 
     points: Sequence[tuple[float, float]]
-    labels: Sequence[str] = field(default=())
 
 
 def lines(
@@ -96,57 +96,84 @@ def lines(
     *,
     x_unit: str,
     y_unit: str,
-    target: tuple[float, str] | None = None,
+    target: tuple[float, float, str] | None = None,
 ) -> str:
-    """Lines over logarithmic axes."""
-    names = list(found)
-    xs = sorted({x for line in found.values() for x, _ in line.points})
-    ys = [y for line in found.values() for _, y in line.points if y > 0]
-    if target is not None:
-        ys.append(target[0])
-    low, high = 10.0 ** math.floor(math.log10(min(ys))), 10.0 ** math.ceil(math.log10(max(ys)))
-    if high <= low:
-        high = low * 10
-    picture = _Picture(title, note, names)
-    height, left, right = 220, 64, 40
-    top = picture.top
-
-    def x_of(x: float) -> float:
-        if len(xs) == 1:
-            return WIDTH / 2
-        return (
-            left
-            + 30
-            + (WIDTH - left - right - 60) * (math.log(x / xs[0]) / math.log(xs[-1] / xs[0]))
-        )
-
-    def y_of(y: float) -> float:
-        return top + height * (1 - math.log(max(y, low) / low) / math.log(high / low))
-
+    """Lines over logarithmic axes. `target` is a mark at a point of both, and what it says."""
+    axes = _Axes(found, [] if target is None else [target[1]])
+    picture = _Picture(title, note, list(found))
+    axes.top = picture.top
     body = []
-    tick = low
-    while tick <= high * 1.001:
-        y = y_of(tick)
-        body.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>')
-        body.append(_text(left - 8, y + 4, f"{tick:,g} {y_unit}", "end", "tick number"))
-        tick *= 10
+    for tick in axes.ticks:
+        y = axes.y(tick)
+        body.append(f'<path class="grid" d="M{axes.left} {y:.1f}H{WIDTH - axes.right}"/>')
+        body.append(_text(axes.left - 8, y + 4, f"{tick:,g} {y_unit}", "end", "tick number"))
+    foot = axes.top + axes.height
     body += [
-        _text(x_of(x), top + height + 20, f"{x:,g} {x_unit}", "middle", "tick number") for x in xs
+        _text(axes.x(x), foot + 20, f"{x:,g} {x_unit}", "middle", "tick number") for x in axes.xs
     ]
-    if target is not None:
-        y = y_of(target[0])
-        body.append(f'<path class="target" d="M{left} {y:.1f}H{WIDTH - right}"/>')
-        body.append(_text(WIDTH - right, y - 5, target[1], "end", "note"))
     for kind, (name, line) in enumerate(found.items()):
-        path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in line.points)
+        path = "L".join(f"{axes.x(x):.1f} {axes.y(y):.1f}" for x, y in line.points)
         body.append(f'<path class="line l{kind}" d="M{path}"/>')
         for x, y in line.points:
             told = f"{name}, {x:,g} {x_unit}: {y:,g} {y_unit}"
             body.append(
-                f'<circle class="c{kind}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4"><title>{escape(told)}</title></circle>'
+                f'<circle class="c{kind}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4">'
+                f"<title>{escape(told)}</title></circle>"
             )
-            body.append(_text(x_of(x) + 7, y_of(y) - 7, f"{y:,.3g}", "start", "number"))
-    return picture.drawn(body, top + height + 34)
+    if target is not None and target[0] in axes.xs:
+        x, y = axes.x(target[0]), axes.y(target[1])
+        body.append(f'<path class="target" d="M{x - 70:.1f} {y:.1f}H{x + 70:.1f}"/>')
+        body.append(_text(x + 76, y + 4, target[2], "start", "note halo"))
+    for x in axes.xs:
+        values = sorted({y for line in found.values() for at, y in line.points if at == x})
+        places = _apart([axes.y(y) + 4 for y in values])
+        body += [
+            _text(axes.x(x) + 10, place, f"{y:,.3g}", "start", "number halo")
+            for y, place in zip(values, places, strict=True)
+        ]
+    return picture.drawn(body, foot + 34)
+
+
+@dataclass(slots=True)
+class _Axes:
+    """Where a figure stands, both ways logarithmically."""
+
+    found: Mapping[str, Line]
+    more: Sequence[float]
+    top: float = 0.0
+    height: float = 220
+    left: float = 72
+    right: float = 24
+
+    @property
+    def xs(self) -> list[float]:
+        return sorted({x for line in self.found.values() for x, _ in line.points})
+
+    @property
+    def ticks(self) -> list[float]:
+        """Powers of ten around all figures."""
+        ys = [*self.more, *(y for line in self.found.values() for _, y in line.points)]
+        low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+        return [10.0**power for power in range(low, max(high, low + 1) + 1)]
+
+    def x(self, value: float) -> float:
+        xs, inner = self.xs, WIDTH - self.left - self.right - 110
+        if len(xs) == 1:
+            return self.left + inner / 2
+        return self.left + 50 + inner * math.log(value / xs[0]) / math.log(xs[-1] / xs[0])
+
+    def y(self, value: float) -> float:
+        ticks = self.ticks
+        share = math.log(value / ticks[0]) / math.log(ticks[-1] / ticks[0])
+        return self.top + self.height * (1 - share)
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Places of labels, from below upwards, so far apart that none covers another."""
+    found: list[float] = []
+    for place in places:
+        found.append(min(place, found[-1] - 13) if found else place)
+    return found
 
 
 class _Picture:
@@ -161,7 +188,7 @@ class _Picture:
                 f'<rect class="c{kind}" x="{x:.0f}" y="{TOP}" width="11" height="11" rx="2"/>'
             )
             self._head.append(_text(x + 17, TOP + 10, name, "start"))
-            x += 17 + 7.2 * len(name) + 18
+            x += 17 + 6.6 * len(name) + 20
         self.top = TOP + 34
 
     def drawn(self, body: Sequence[str], height: float) -> str:

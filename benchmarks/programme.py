@@ -186,7 +186,10 @@ class Programme:
             rows: Written | None = None
             for subject in subjects if number % 2 == 0 else reversed(subjects):
                 name = f"{case}, {subject}, run {number + 1}"
-                run = await self._one(name, work, place, subject, self._variant(subject))
+                run = await self._one(
+                    name, work, place, subject, self._variant(subject),
+                    keep_rows=copies and subject == "worker",
+                )  # fmt: skip
                 rows = run.written or rows
                 self._keep(case, subject, run)
                 if run.effects is not None:
@@ -310,10 +313,20 @@ class Programme:
                 await administer(server_url, f'DROP DATABASE IF EXISTS "{place.name}" WITH (FORCE)')
 
     async def _one(
-        self, name: str, work: Workload, place: Place, subject: str, variant: Variant
+        self,
+        name: str,
+        work: Workload,
+        place: Place,
+        subject: str,
+        variant: Variant,
+        *,
+        keep_rows: bool = False,
     ) -> Measured:
         self._display.begin(name)
-        run = await measure(self._stage, work, place, subject, variant, say=self._display.phase)
+        run = await measure(
+            self._stage, work, place, subject, variant,
+            say=self._display.phase, keep_rows=keep_rows,
+        )  # fmt: skip
         self._display.end(_told(run))
         return run
 
