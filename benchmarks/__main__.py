@@ -64,7 +64,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"only these: {', '.join(SUBJECTS)}",
     )
     parser.add_argument(
-        "--events", type=int, default=10_000, help="timed events of each run (default 10000)"
+        "--events", type=int, default=8000, help="timed events of each run (default 8000)"
     )
     parser.add_argument(
         "--repeat", type=int, default=3, help="runs of each subject in each case (default 3)"
@@ -82,8 +82,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--latency-seconds",
         type=float,
-        default=6.0,
-        help="length of each run of the case latency (default 6)",
+        default=5.0,
+        help="length of each run of the case latency (default 5)",
     )
     parser.add_argument(
         "--growth-accounts",
@@ -199,6 +199,7 @@ def _benchmark(options: argparse.Namespace, home: Path) -> tuple[Findings, dict[
         "command": _command(sys.argv[1:]),
         "events": options.events,
         "repeat": options.repeat,
+        "smoke": options.quick,
         "partitions": options.partitions,
         "batch_records_max": options.batch_records,
         "history_events": HISTORY_EVENTS,

@@ -50,7 +50,7 @@ IMAGE_CREDITS, SIGNUP_CREDITS, PACK_CREDITS, PACK_CENTS = 4, 10, 100, 999
 # plans that PostgreSQL makes for empty tables are bad ones, and it would keep them for both subjects.
 HISTORY_EVENTS = 4000
 # For each partition: every connection's statements are prepared and planned before the clock starts.
-WARM_UP_EVENTS = 100
+WARM_UP_EVENTS = 50
 # A generation is completed so many events after its request, and a small run's within the run.
 COMPLETED_LATER_EVENTS = 5000
 STARTED_AT = datetime(2026, 11, 21, 9, 0, tzinfo=UTC)

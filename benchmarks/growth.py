@@ -22,7 +22,7 @@ from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
 from workers.store.migrations import migrate
 
 # Measured on filled ledgers: rows and indexes of an account with its lot; of an entry with its command and generation.
-ACCOUNT_BYTES, ENTRY_BYTES = 700, 1500
+ACCOUNT_BYTES, ENTRY_BYTES = 650, 1280
 # The write-ahead log between two checkpoints, and room to sort an index.
 SPARE_BYTES = 6 << 30
 ENTRIES_AT_ONCE = 200_000

@@ -324,6 +324,10 @@ def _about_line(about: Mapping[str, Any]) -> str:
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
     told = []
+    if report["about"]["smoke"]:
+        told.append(
+            "**This was a smoke run, which shows that everything runs: its figures mean nothing.**"
+        )
     if not report["complete"]:
         told.append(
             f"**Not everything was measured:** {report['ended']} What is here was complete by then."

@@ -53,6 +53,7 @@ def _report(worker: list[Measured] | None = None, **changes: Any) -> dict[str, A
         "command": "make bench",
         "events": 1000,
         "repeat": 2,
+        "smoke": False,
         "partitions": 6,
         "batch_records_max": 1000,
         "history_events": 4000,
