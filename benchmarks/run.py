@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -27,17 +28,22 @@ from aiokafka.errors import KafkaError
 
 from benchmarks.books import (
     Effects,
+    Place,
     VoidError,
+    at,
     connected,
     copy_of,
-    effects,
     judge,
+    look_before,
     read_topic,
+    version_of,
 )
-from benchmarks.cases import SOURCE, Event, Workload
+from benchmarks.cases import WEBHOOK_SECRET, Event, Workload
 from benchmarks.machine import Cpu, Processes
+from benchmarks.statements import cost, count_statements_of
 from benchmarks.subjects import Subject, Variant, arguments_of
 from workers.embedded import Servers
+from workers.embedded.processes import free_ports
 from workers.messages.outbound import CHANGED, shard_of
 from workers.settings import Settings, load_settings
 from workers.store.database import connect
@@ -49,10 +55,12 @@ POLL_SECONDS = 0.01
 STALLED_SECONDS = 60.0
 READY_SECONDS = 60.0
 WARM_UP_ROUNDS = 8
+# So many records wait for their acknowledgement at a time: a million would take gigabytes.
+SENT_AT_ONCE = 20_000
 # What a subject does behind the last warm-up event (offsets, settled outbox) is not part of the clock.
 SETTLE_SECONDS = 1.0
 
-_COMMITTED = "SELECT count(*) FROM commands WHERE key = ANY($1::text[]) AND scope = $2"
+_COMMITTED = "SELECT count(*) FROM commands WHERE key = ANY($1::text[])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ class Stage:
     home: Path
     partitions: int
     batch_records_max: int
+    settle_seconds: float = SETTLE_SECONDS
     numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     def settings(self, database_url: str, prefix: str) -> Settings:
@@ -73,6 +82,7 @@ class Stage:
             topic_prefix=prefix,
             partitions=self.partitions,
             batch_records_max=self.batch_records_max,
+            stripe_webhook_secrets=WEBHOOK_SECRET,
         )
 
 
@@ -95,33 +105,28 @@ class Measured:
     out_seconds: float
     cpu: Cpu
     peak_memory_mib: float | None
+    wal_bytes: int
+    statements: int | None = None
     effects: Effects | None = None
     batch_records: list[int] = field(default_factory=list)
     written: Written | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Milliseconds from publishing an event to its `credit.changed` in a subscriber's hands."""
-
-    events: int
-    per_second: float
-    p50: float
-    p99: float
-    max: float
-
-
 @asynccontextmanager
-async def fresh(stage: Stage, template: str) -> AsyncIterator[tuple[Settings, str]]:
+async def fresh(stage: Stage, place: Place) -> AsyncIterator[tuple[Settings, str]]:
     """A database and topics of a run's own, removed afterwards. Gives settings and the database's address."""
     number = stage.numbers()
-    async with copy_of(stage.servers.database_url, template, f"run_{number}") as url:
+    server_url = stage.servers.database_url
+    async with AsyncExitStack() as stack:
+        url = (
+            at(server_url, place.name)
+            if place.shared
+            else await stack.enter_async_context(copy_of(server_url, place.name, f"run_{number}"))
+        )
         settings = stage.settings(url, f"bench{number}.")
+        stack.push_async_callback(_delete_topics, settings)
         await ensure_topics(settings)
-        try:
-            yield settings, url
-        finally:
-            await _delete_topics(settings)
+        yield settings, url
 
 
 async def _delete_topics(settings: Settings) -> None:
@@ -134,63 +139,146 @@ async def _delete_topics(settings: Settings) -> None:
             await admin.close()
 
 
+@asynccontextmanager
+async def started(
+    stage: Stage,
+    work: Workload,
+    settings: Settings,
+    subject: str,
+    variant: Variant,
+    prefix: Sequence[str] = (),
+) -> AsyncIterator[list[Subject]]:
+    """The processes of a subject, ended afterwards."""
+    command = arguments_of(subject, work.topics, variant)
+    async with AsyncExitStack() as stack:
+        processes = []
+        for number in range(2 if subject == "two_workers" else 1):
+            log = stage.home / f"{subject}{number + 1}.log"
+            process = Subject(command, settings, log, prefix=list(prefix))
+            processes.append(await stack.enter_async_context(process))
+        yield processes
+
+
 async def measure(
     stage: Stage,
     work: Workload,
-    template: str,
+    place: Place,
     subject: str,
     variant: Variant,
     *,
     say: Callable[[str], None],
+    counted: bool = False,
+    keep_rows: bool = False,
     profiler: Sequence[str] = (),
 ) -> Measured:
-    """Run one subject over one case. Raises VoidError or SubjectError; then its figures mean nothing."""
-    log = stage.home / f"{subject}.log"
-    async with fresh(stage, template) as (settings, url), connected(url) as database:
-        command = arguments_of(subject, work.topic, variant)
+    """Run one subject over one case. Raises VoidError or SubjectError; then its figures mean nothing.
+
+    `counted`: have PostgreSQL count the subject's statements, which costs it something for each. `keep_rows`: keep what
+    was written, for COPY alone.
+    """
+    async with fresh(stage, place) as (settings, url), connected(url) as database:
+        if counted:
+            await count_statements_of(database)
         async with (
-            Subject(command, settings, log, prefix=list(profiler)) as process,
-            _Topic(settings) as topic,
+            started(stage, work, settings, subject, variant, profiler) as processes,
+            Topic(settings) as topic,
         ):
             say("warming up")
-            await _warm_up(settings, work, process, topic, database)
-            say("filling the topic")
+            await warm_up(settings, work, processes, topic, database)
+            say("filling the topics")
             async with _Backlog(settings) as backlog:
                 await backlog.fill(work.timed)
-                await asyncio.sleep(SETTLE_SECONDS)
+                await asyncio.sleep(stage.settle_seconds)
                 await database.execute("CHECKPOINT")
-                before, begin = await effects(database), await topic.ends()
-                processes = Processes(
-                    process.pid, stage.servers.postgres_pid, stage.servers.kafka_pid
+                before, begin = await look_before(database, work), await topic.ends()
+                pids = Processes(
+                    tuple(process.pid for process in processes),
+                    stage.servers.postgres_pid,
+                    stage.servers.kafka_pid,
                 )
-                batches_before = len(process.batches())
+                batches_before = [len(process.batches()) for process in processes]
+                last_ids = work.last_ids(stage.partitions)
                 say("running")
-                idle = processes.cpu()
-                started = time.perf_counter()
+                made, idle = await cost(database), pids.cpu()
+                begun = time.perf_counter()
                 await backlog.show()
-                clock = _Clock(started, process, database, topic)
-                committed = await clock.until_committed(work.last_ids(stage.partitions))
-                out = await clock.until_out(sum(begin.values()) + work.expected.entries)
-                cpu = processes.cpu().since(idle)
-                memory = processes.peak_memory_mib()
+                clock = _Clock(begun, processes, database, topic)
+                committed = await clock.until_committed(last_ids)
+                out = await clock.until_out(sum(begin.values()) + work.entries)
+                cpu = pids.cpu().since(idle)
+                memory = pids.peak_memory_mib()
             say("judging")
-            await asyncio.sleep(0.3)  # the relay settles what it has published
+            await _settled(database)
+            spent = (await cost(database)).since(made)
             end = await topic.ends()
-        messages = await read_topic(
-            stage.servers.kafka_bootstrap, settings.topic(CHANGED), begin, end
-        )
-        after = await judge(database, work, before, messages)
-        batches = process.batches()[batches_before:]
+        told: Counter[tuple[str, int]] = Counter()
+        messages: list[ConsumerRecord[Any, Any]] = []
+
+        def take(message: ConsumerRecord[Any, Any]) -> None:
+            told[version_of(message)] += 1
+            if keep_rows:
+                messages.append(message)
+
+        changed = settings.topic(CHANGED)
+        await read_topic(stage.servers.kafka_bootstrap, changed, begin, end, take)
+        after = await judge(database, work, before, told)
+        batches = [
+            records
+            for process, earlier in zip(processes, batches_before, strict=True)
+            for records in process.batches()[earlier:]
+        ]
         return Measured(
             events=len(work.timed),
             committed_seconds=committed,
             out_seconds=out,
             cpu=cpu,
             peak_memory_mib=memory,
+            wal_bytes=spent.wal_bytes,
+            statements=spent.statements if counted else None,
             effects=after,
             batch_records=batches,
-            written=await _written(database, work, messages, batches) if batches else None,
+            written=await _written(database, work, messages, batches) if keep_rows else None,
         )
+
+
+async def _settled(database: asyncpg.Connection[asyncpg.Record]) -> None:
+    """The relay deletes what it has published: that is part of the work, though not of the time."""
+    deadline = time.perf_counter() + READY_SECONDS
+    while await database.fetchval("SELECT EXISTS (SELECT FROM outbox)"):
+        if time.perf_counter() > deadline:
+            raise VoidError("what was published was not deleted from the outbox")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def start_seconds(stage: Stage, place: Place) -> float:
+    """Seconds from the start of a worker process until it says that it is ready, on a database in service."""
+    port = free_ports({"worker": None})["worker"]
+    async with fresh(stage, place) as (settings, _):
+        ported = settings.model_copy(update={"worker_port": port})
+        begun = time.perf_counter()
+        async with started(stage, Workload("start", place.name), ported, "worker", Variant()) as (
+            process,
+        ):
+            while not await _is_ready(port):
+                process.check()
+                if time.perf_counter() - begun > READY_SECONDS:
+                    raise VoidError(f"the worker did not become ready:\n{process.log_tail()}")
+                await asyncio.sleep(POLL_SECONDS)
+            return time.perf_counter() - begun
+
+
+async def _is_ready(port: int) -> bool:
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+        return b" 200 " in await reader.readline()
+    except OSError:
+        return False
+    finally:
+        writer.close()
 
 
 async def _written(
@@ -201,20 +289,18 @@ async def _written(
 ) -> Written:
     ids = [event.id for event in work.fresh]
     entries = await database.fetch(
-        "SELECT e.* FROM entries e JOIN commands c ON (c.key, c.scope) = (e.cause ->> 'idempotency_key', $2) "
-        "WHERE c.scope = $2 AND c.key = ANY($1::text[]) ORDER BY e.recorded_at, e.account_id, e.version",
+        "SELECT * FROM entries WHERE account_id = ANY($1::text[]) AND cause ->> 'idempotency_key' = ANY($2::text[]) "
+        "ORDER BY recorded_at, account_id, version",
+        work.accounts,
         ids,
-        SOURCE,
     )
     commands = await database.fetch(
-        "SELECT * FROM commands WHERE scope = $2 AND key = ANY($1::text[]) ORDER BY recorded_at",
-        ids,
-        SOURCE,
+        "SELECT * FROM commands WHERE key = ANY($1::text[]) ORDER BY recorded_at", ids
     )
     return Written(entries, commands, messages, batch_records)
 
 
-async def copy_limit(stage: Stage, template: str, rows: Written) -> Measured:
+async def copy_limit(stage: Stage, place: Place, rows: Written) -> Measured:
     """Write the same rows in the same batches by COPY alone: one connection, no reading, no deciding, no Kafka."""
     outbox = [_outbox_row(message) for message in rows.messages]
     plan = [
@@ -224,15 +310,18 @@ async def copy_limit(stage: Stage, template: str, rows: Written) -> Measured:
     ]  # fmt: skip
     events = sum(rows.batch_records)
     name = f"run_{stage.numbers()}"
-    async with copy_of(stage.servers.database_url, template, name) as url:
-        async with connected(url) as database:
-            # Without any logic: also the database's own, which would miss the entries that time made in between.
-            await database.execute("ALTER TABLE credits.entries DISABLE TRIGGER USER")
-            await database.execute("CHECKPOINT")
+    async with (
+        copy_of(stage.servers.database_url, place.name, name) as url,
+        connected(url) as database,
+    ):
+        # Without any logic: also the database's own, which would miss the entries that time made in between.
+        await database.execute("ALTER TABLE credits.entries DISABLE TRIGGER USER")
+        await database.execute("CHECKPOINT")
         connection = await connect(url, name="copy limit")
         try:
-            processes = Processes(None, stage.servers.postgres_pid, stage.servers.kafka_pid)
-            idle, started, done = processes.cpu(), time.perf_counter(), 0
+            processes = Processes((), stage.servers.postgres_pid, stage.servers.kafka_pid)
+            made, idle = await cost(database), processes.cpu()
+            begun, done = time.perf_counter(), 0
             for records in rows.batch_records:
                 async with connection.transaction():
                     for table, columns, all_rows in plan:
@@ -243,15 +332,16 @@ async def copy_limit(stage: Stage, template: str, rows: Written) -> Measured:
                             table, columns=columns, records=all_rows[first:last]
                         )
                 done += records
-            seconds = time.perf_counter() - started
-            cpu = processes.cpu().since(idle)
+            seconds = time.perf_counter() - begun
+            cpu, spent = processes.cpu().since(idle), (await cost(database)).since(made)
         finally:
             await connection.close()
-        async with connected(url) as database:
-            written = await database.fetchval("SELECT count(*) FROM outbox")
+        written = await database.fetchval("SELECT count(*) FROM outbox")
     if written != len(outbox):
         raise VoidError(f"COPY wrote {written} of {len(outbox)} messages")
-    return Measured(events, seconds, seconds, cpu, None, batch_records=rows.batch_records)
+    return Measured(
+        events, seconds, seconds, cpu, None, spent.wal_bytes, batch_records=rows.batch_records
+    )
 
 
 def _outbox_row(message: ConsumerRecord[Any, Any]) -> tuple[Any, ...]:
@@ -271,100 +361,15 @@ def _outbox_row(message: ConsumerRecord[Any, Any]) -> tuple[Any, ...]:
     )
 
 
-async def latency(
-    stage: Stage,
-    work: Workload,
-    template: str,
-    subject: str,
-    variant: Variant,
-    *,
-    per_second: float,
-    say: Callable[[str], None],
-) -> Latency:
-    """Publish events at a steady pace, one by one, and see how long each takes to come out."""
-    log = stage.home / f"{subject}.log"
-    async with fresh(stage, template) as (settings, url), connected(url) as database:
-        command = arguments_of(subject, work.topic, variant)
-        async with (
-            Subject(command, settings, log, prefix=None) as process,
-            _Topic(settings) as topic,
-        ):
-            say("warming up")
-            await _warm_up(settings, work, process, topic, database)
-            say("publishing")
-            begin = await topic.ends()
-            seen: dict[str, float] = {}
-            watching = asyncio.create_task(_watch(settings, begin, seen, work.expected.entries))
-            try:
-                sent = await _pace(settings, work.timed, per_second)
-                await asyncio.wait_for(watching, STALLED_SECONDS)
-            except TimeoutError:
-                missing = work.expected.entries - len(seen)
-                raise VoidError(
-                    f"{missing} messages did not come out:\n{process.log_tail()}"
-                ) from None
-            finally:
-                watching.cancel()
-    taken = sorted((seen[id_] - sent[id_]) * 1000 for id_ in sent)
-    return Latency(
-        events=len(taken),
-        per_second=per_second,
-        p50=round(taken[len(taken) // 2], 1),
-        p99=round(taken[len(taken) * 99 // 100], 1),
-        max=round(taken[-1], 1),
-    )
-
-
-async def _pace(settings: Settings, events: Sequence[Event], per_second: float) -> dict[str, float]:
-    """Publish at a steady pace. Returns when each was handed to Kafka's client."""
-    producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap)
-    await producer.start()
-    sent: dict[str, float] = {}
-    try:
-        begun = time.perf_counter()
-        for number, event in enumerate(events):
-            await asyncio.sleep(begun + number / per_second - time.perf_counter())
-            sent[event.id] = time.perf_counter()
-            await producer.send(
-                settings.topic(event.topic),
-                event.value(),
-                key=event.key.encode(),
-                headers=event.headers(),
-            )
-        await producer.flush()
-    finally:
-        await producer.stop()
-    return sent
-
-
-async def _watch(
-    settings: Settings, begin: dict[TopicPartition, int], seen: dict[str, float], count: int
-) -> None:
-    """Note when each event's first message arrives."""
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka_bootstrap, enable_auto_commit=False
-    )
-    await consumer.start()
-    try:
-        consumer.assign(list(begin))
-        for partition, position in begin.items():
-            consumer.seek(partition, position)
-        while len(seen) < count:
-            message = await consumer.getone()
-            now = time.perf_counter()
-            seen.setdefault(orjson.loads(message.value)["cause"]["id"], now)
-    finally:
-        await consumer.stop()
-
-
-async def _warm_up(
+async def warm_up(
     settings: Settings,
     work: Workload,
-    process: Subject,
-    topic: _Topic,
+    processes: Sequence[Subject],
+    topic: Topic,
     database: asyncpg.Connection[asyncpg.Record],
 ) -> None:
     """Let the subject apply some events in several rounds: every partition is assigned, every statement planned."""
+    begin = sum((await topic.ends()).values())
     producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap)
     await producer.start()
     try:
@@ -372,30 +377,26 @@ async def _warm_up(
         for start in range(0, len(work.warm_up), size):
             part = work.warm_up[start : start + size]
             await _send(producer, settings, part)
-            clock = _Clock(time.perf_counter(), process, database, topic)
+            clock = _Clock(time.perf_counter(), processes, database, topic)
             await clock.until_committed([event.id for event in part])
     finally:
         await producer.stop()
-    entries = await database.fetchval(
-        "SELECT count(*) FROM entries e JOIN commands c ON c.key = e.cause ->> 'idempotency_key' "
-        "WHERE c.scope = $1 AND c.key = ANY($2::text[])",
-        SOURCE,
-        [event.id for event in work.warm_up],
-    )
-    await _Clock(time.perf_counter(), process, database, topic).until_out(entries)
+    entries = sum(event.entries for event in work.warm_up)
+    await _Clock(time.perf_counter(), processes, database, topic).until_out(begin + entries)
 
 
 async def _send(producer: AIOKafkaProducer, settings: Settings, events: Sequence[Event]) -> None:
-    sent = [
-        await producer.send(
-            settings.topic(event.topic),
-            event.value(),
-            key=event.key.encode(),
-            headers=event.headers(),
-        )
-        for event in events
-    ]
-    await asyncio.gather(*sent)
+    for start in range(0, len(events), SENT_AT_ONCE):
+        sent = [
+            await producer.send(
+                settings.topic(event.topic),
+                event.value(),
+                key=event.key.encode(),
+                headers=event.headers(),
+            )
+            for event in events[start : start + SENT_AT_ONCE]
+        ]
+        await asyncio.gather(*sent)
 
 
 class _Backlog:
@@ -426,7 +427,7 @@ class _Backlog:
         await self._producer.commit_transaction()
 
 
-class _Topic:
+class Topic:
     """How much of `credit.changed` subscribers can read."""
 
     def __init__(self, settings: Settings) -> None:
@@ -454,15 +455,15 @@ class _Clock:
     """Waits for the ends of a run, and gives up on one that does not end."""
 
     started: float
-    process: Subject
+    processes: Sequence[Subject]
     database: asyncpg.Connection[asyncpg.Record]
-    topic: _Topic
+    topic: Topic
 
     async def until_committed(self, ids: Sequence[str]) -> float:
         """Seconds until all of these events are in `commands`."""
         last, looked_at = -1, time.perf_counter()
         while True:
-            found = await self.database.fetchval(_COMMITTED, ids, SOURCE)
+            found = await self.database.fetchval(_COMMITTED, ids)
             now = time.perf_counter()
             if found >= len(ids):
                 return now - self.started
@@ -471,7 +472,7 @@ class _Clock:
             elif now - looked_at > STALLED_SECONDS:
                 await self._look_closer(looked_at)
                 looked_at = now
-            self.process.check()
+            self._check()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _look_closer(self, since: float) -> None:
@@ -482,7 +483,7 @@ class _Clock:
         if age is None or age > STALLED_SECONDS:
             waited = time.perf_counter() - since
             raise VoidError(
-                f"nothing was committed for {waited:.0f} s; the subject said:\n{self.process.log_tail()}"
+                f"nothing was committed for {waited:.0f} s; the subject said:\n{self._told()}"
             )
 
     async def until_out(self, position: int) -> float:
@@ -497,7 +498,14 @@ class _Clock:
                 last, moved_at = found, now
             elif now - moved_at > STALLED_SECONDS:
                 raise VoidError(
-                    f"only {found} of {position} messages were published; the subject said:\n{self.process.log_tail()}"
+                    f"only {found} of {position} messages were published; the subject said:\n{self._told()}"
                 )
-            self.process.check()
+            self._check()
             await asyncio.sleep(POLL_SECONDS)
+
+    def _check(self) -> None:
+        for process in self.processes:
+            process.check()
+
+    def _told(self) -> str:
+        return "\n".join(process.log_tail() for process in self.processes)

@@ -4,7 +4,7 @@ It is the opponent that the benchmarks measure the product against, and a tuned 
 read the records, the same ledger decides, the same tables hold the same rows, and the same relay publishes them;
 only the architecture differs. A record's offset is committed after its transaction. Run as a process of its own:
 
-    python -m benchmarks.straightforward --topic generation.events --workers 6 --path one-event --ack interval
+    python -m benchmarks.straightforward --topics generation.events --workers 6 --path one-event --ack interval
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import asyncio
 import logging
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -27,6 +27,7 @@ from faststream.kafka import KafkaBroker
 from faststream.kafka.message import KafkaMessage
 
 from benchmarks.one_event import OneEvent
+from benchmarks.sql_function import SqlFunction
 from workers.batch import Ledger
 from workers.messages.record import Record
 from workers.relay import Relay
@@ -71,14 +72,21 @@ class Straightforward:
         catalogue = self._settings.load_catalogue()
         url = require(self._settings.database_url, "database_url")
         workers = self._options.workers
-        sources = Sources(catalogue, (), self._settings.record_bytes_max)
+        sources = Sources(
+            catalogue, self._settings.webhook_secrets, self._settings.record_bytes_max
+        )
         pool = await open_pool(url, size_max=max(2, workers), name="straightforward")
         ledger = Ledger(pool, sources, catalogue, parked_deadline_seconds=86_400)
-        apply = (
-            await _own_connections(url, workers, OneEvent(sources, catalogue, ledger))
-            if self._options.path == "one-event"
-            else _through_the_ledger(ledger)
-        )
+        shares = _shares(workers, self._options.topics)
+        match self._options.path:
+            case "one-event":
+                path = OneEvent(sources, catalogue, ledger)
+                apply = await _own_connections(url, sum(shares.values()), path)
+            case "sql-function":
+                function = SqlFunction(sources, catalogue, ledger)
+                apply = await _own_connections(url, sum(shares.values()), function)
+            case _:
+                apply = _through_the_ledger(ledger)
         broker = KafkaBroker(
             require(self._settings.kafka_bootstrap, "kafka_bootstrap"),
             consumer_only=True,
@@ -87,28 +95,8 @@ class Straightforward:
             logger=logging.getLogger("faststream"),
             client_id=GROUP,
         )
-        subscriber = broker.subscriber(
-            self._settings.topic(self._options.topic),
-            group_id=f"{self._settings.topic_prefix}{GROUP}",
-            ack_policy=AckPolicy.MANUAL,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            max_workers=workers,
-            no_reply=True,
-            parser=_keep_raw,
-            decoder=_raw,
-        )
-
-        async def handle(message: ConsumerRecord[Any, Any]) -> None:
-            # FastStream gives each of several consumers' records its consumer; a single one is the subscriber's.
-            consumer = getattr(message, "consumer", None) or subscriber.consumer
-            try:
-                await self._handle(consumer, message, apply)
-            except Exception as error:  # a benchmark of a worker that fails is void
-                if not self.failed.done():
-                    self.failed.set_exception(error)
-
-        subscriber(handle)
+        for topic, consumers in shares.items():
+            self._subscribe(broker, topic, consumers, apply)
         relay = asyncio.create_task(self._relay.run())
         acking = asyncio.create_task(self._ack_now_and_then())
         stopping = asyncio.create_task(stop.wait())
@@ -124,6 +112,30 @@ class Straightforward:
             pool.terminate()
         if self.failed.done():
             self.failed.result()
+
+    def _subscribe(self, broker: KafkaBroker, topic: str, consumers: int, apply: Apply) -> None:
+        subscriber = broker.subscriber(
+            self._settings.topic(topic),
+            group_id=f"{self._settings.topic_prefix}{GROUP}-{topic}",
+            ack_policy=AckPolicy.MANUAL,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            max_workers=consumers,
+            no_reply=True,
+            parser=_keep_raw,
+            decoder=_raw,
+        )
+
+        async def handle(message: ConsumerRecord[Any, Any]) -> None:
+            # FastStream gives each of several consumers' records its consumer; a single one is the subscriber's.
+            consumer = getattr(message, "consumer", None) or subscriber.consumer
+            try:
+                await self._handle(consumer, message, apply)
+            except Exception as error:  # a benchmark of a worker that fails is void
+                if not self.failed.done():
+                    self.failed.set_exception(error)
+
+        subscriber(handle)
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, message: ConsumerRecord[Any, Any], apply: Apply
@@ -159,6 +171,16 @@ class Straightforward:
                         await consumer.commit(taken)
 
 
+def _shares(workers: int, topics: Sequence[str]) -> dict[str, int]:
+    """How many consumers each topic gets: most events of several topics are generations."""
+    if len(topics) == 1:
+        return {topics[0]: workers}
+    return {
+        topic: max(1, workers // 2 if topic == "generation.events" else workers // 4)
+        for topic in topics
+    }
+
+
 async def _with_patience(apply: Apply, consumer: AIOKafkaConsumer, work: Work) -> int:
     """Apply, and again after a deadlock or what else passes."""
     for attempt in range(1, ATTEMPTS_MAX + 1):
@@ -180,7 +202,7 @@ def _through_the_ledger(ledger: Ledger) -> Apply:
     return apply
 
 
-async def _own_connections(url: str, workers: int, one_event: OneEvent) -> Apply:
+async def _own_connections(url: str, workers: int, path: OneEvent | SqlFunction) -> Apply:
     """One connection for each consumer, so that none is passed around."""
     free = [await connect(url, name="straightforward") for _ in range(workers)]
     for connection in free:
@@ -192,7 +214,7 @@ async def _own_connections(url: str, workers: int, one_event: OneEvent) -> Apply
         connection = mine.get(consumer)
         if connection is None:
             connection = mine[consumer] = free.pop()
-        return await one_event.apply(connection, work)
+        return await path.apply(connection, work)
 
     return apply
 
@@ -208,9 +230,11 @@ async def _raw(message: KafkaMessage) -> ConsumerRecord[Any, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--topic", required=True)
+    parser.add_argument("--topics", nargs="+", required=True)
     parser.add_argument("--workers", type=int, default=6)
-    parser.add_argument("--path", choices=("one-event", "batch-of-one"), default="one-event")
+    parser.add_argument(
+        "--path", choices=("one-event", "batch-of-one", "sql-function"), default="one-event"
+    )
     parser.add_argument("--ack", choices=("each", "interval"), default="interval")
     parser.add_argument("--wake", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

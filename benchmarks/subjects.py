@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ STOP_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How the straightforward worker is tuned."""
+    """How a straightforward worker is tuned."""
 
     workers: int = 16
     path: str = "one-event"
@@ -40,13 +40,14 @@ class SubjectError(Exception):
     """A subject ended by itself or said that it failed: its run is void."""
 
 
-def arguments_of(subject: str, topic: str, variant: Variant) -> list[str]:
-    """The command line of a subject."""
-    if subject == "worker":
+def arguments_of(subject: str, topics: Sequence[str], variant: Variant) -> list[str]:
+    """The command line of one process of a subject."""
+    if subject in {"worker", "two_workers"}:
         return [sys.executable, "-P", "-m", "workers", "worker"]
+    path = "sql-function" if subject == "sql_function" else variant.path
     return [
-        *(sys.executable, "-m", "benchmarks.straightforward", "--topic", topic),
-        *("--workers", str(variant.workers), "--path", variant.path, "--ack", variant.ack),
+        *(sys.executable, "-m", "benchmarks.straightforward", "--topics", *topics),
+        *("--workers", str(variant.workers), "--path", path, "--ack", variant.ack),
         "--wake" if variant.wake else "--no-wake",
     ]
 
@@ -133,8 +134,11 @@ def environment_of(settings: Settings) -> dict[str, str]:
         "CREDITS_TOPIC_PREFIX": settings.topic_prefix,
         "CREDITS_PARTITIONS": str(settings.partitions),
         "CREDITS_BATCH_RECORDS_MAX": str(settings.batch_records_max),
+        "CREDITS_STRIPE_WEBHOOK_SECRETS": ",".join(settings.webhook_secrets),
         SUPERVISED: "1",
     }
+    if settings.worker_port is not None:
+        mine["CREDITS_WORKER_PORT"] = str(settings.worker_port)
     return {**without_settings(os.environ), **mine}
 
 

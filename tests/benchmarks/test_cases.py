@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from benchmarks.cases import CASES, CaseName, workload
+from benchmarks.cases import CASES, CaseName, growth_workload, workload
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,3 +57,45 @@ def test_the_prepared_database_does_not_depend_on_the_count_unless_its_name_does
 
     same_events = small.before == large.before
     assert same_events == (small.database == large.database)
+
+
+def test_a_mixed_story_tells_everything_that_credits_know_of():
+    """Sign-ups, packs, refunds of both kinds, generations with all their ends, bookings; and its sums are known."""
+    made = workload("mixed", 2000, 6)
+
+    assert {
+        "user.created",
+        "checkout.session.completed",
+        "refund.created",
+        "generation.requested",
+        "generation.completed",
+        "generation.failed",
+        "generation.refunded",
+        "booking.requested",
+    } == {event.type for event in made.timed}
+    assert len(made.topics) == 4
+    bookings = sum(event.type == "booking.requested" for event in made.timed)
+    assert made.entries == 2000 + bookings
+
+
+def test_a_refund_comes_after_what_it_refunds_and_on_the_same_partition():
+    """Order across partitions is nobody's promise, and a refund that came first would be refused."""
+    seen: dict[object, tuple[str, int]] = {}
+    for event in workload("mixed", 2000, 6).timed:
+        name = event.data.get("generation_id") or event.data.get("data", {}).get("object", {}).get(
+            "payment_intent"
+        )
+        place = (event.topic, event.partition(6))
+        if event.type in {"generation.requested", "checkout.session.completed"}:
+            seen[name] = place
+        elif name is not None:
+            assert seen[name] == place
+
+
+def test_runs_of_growth_have_events_of_their_own():
+    """They share a database, where an event that came again would be a duplicate."""
+    first, second = (growth_workload(100, 400, 6, run) for run in (0, 1))
+
+    ids = [event.id for made in (first, second) for event in [*made.warm_up, *made.timed]]
+    assert len(ids) == len(set(ids))
+    assert all(1 <= int(event.key.removeprefix("user-")) <= 100 for event in first.timed)

@@ -1,18 +1,22 @@
-"""The straightforward worker's own path leaves in the books what the product's path leaves."""
+"""The opponents' own paths leave in the books what the product's path leaves, chain and messages included."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 
-import asyncpg
+import orjson
 import pytest
-from benchmarks.books import Effects, connected, copy_of, effects
+from benchmarks.books import connected, copy_of, effects
 from benchmarks.cases import ACCOUNT, BOOKINGS, GENERATIONS, Event
 from benchmarks.one_event import OneEvent
+from benchmarks.sql_function import SqlFunction, install
 
-from workers.batch import Ledger
+from workers.batch import Ledger, Report
 from workers.embedded import Servers
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.operations.audit import audit
 from workers.sources import Sources
 from workers.store.database import connect, open_pool
 from workers.store.set_aside import Work
@@ -21,7 +25,6 @@ CATALOGUE = parse_catalogue(DEFAULT_CATALOGUE)
 SOURCES = Sources(CATALOGUE, (), 1 << 20)
 IMAGE = {"user_id": "ada", "kind": "image"}
 
-_TOLD = "SELECT type, aggregateid, count(*) AS messages FROM outbox GROUP BY 1, 2 ORDER BY 1, 2"
 _DECIDED = (
     "SELECT key, type, outcome, reason, account_id, required, available FROM commands ORDER BY 1, 2"
 )
@@ -84,50 +87,93 @@ def _story() -> list[Event]:
 
 
 @pytest.fixture
-async def two_databases(servers: Servers, migrated_database: str) -> AsyncIterator[tuple[str, str]]:
-    """The addresses of two migrated databases of this test's own."""
+async def databases(servers: Servers, migrated_database: str) -> AsyncIterator[dict[str, str]]:
+    """The addresses of migrated databases of this test's own, one for each path."""
     name = f"credits_test_{secrets.token_hex(6)}"
-    async with (
-        copy_of(servers.database_url, migrated_database, f"{name}_a") as first,
-        copy_of(servers.database_url, migrated_database, f"{name}_b") as second,
-    ):
-        yield first, second
+    async with AsyncExitStack() as stack:
+        yield {
+            path: await stack.enter_async_context(
+                copy_of(servers.database_url, migrated_database, f"{name}_{number}")
+            )
+            for number, path in enumerate(("product", "one-event", "sql-function"))
+        }
 
 
-async def _apply(url: str, *, one_event: bool) -> None:
+class Counting(Ledger):
+    """Counts what it is asked to apply."""
+
+    asked = 0
+
+    async def apply(self, works: Sequence[Work]) -> Report:
+        """As the ledger does."""
+        self.asked += 1
+        return await super().apply(works)
+
+
+async def _apply(url: str, path: str) -> int:
+    """Play the story. Returns how many records the product's path took."""
     pool = await open_pool(url)
+    ledger = Counting(pool, SOURCES, CATALOGUE, parked_deadline_seconds=3600)
+    async with connected(url) as owner:
+        await install(owner, CATALOGUE)
     connection = await connect(url, name="test")
-    ledger = Ledger(pool, SOURCES, CATALOGUE, parked_deadline_seconds=3600)
-    path = OneEvent(SOURCES, CATALOGUE, ledger)
+    opponents = {
+        "one-event": OneEvent(SOURCES, CATALOGUE, ledger),
+        "sql-function": SqlFunction(SOURCES, CATALOGUE, ledger),
+    }
     try:
         for offset, event in enumerate(_story()):
             work = Work(event.record(offset))
-            if one_event:
-                await path.apply(connection, work)
+            if path in opponents:
+                await opponents[path].apply(connection, work)
             else:
                 await ledger.apply([work])
+        return ledger.asked
     finally:
         await connection.close()
         await pool.close()
 
 
-async def _left(url: str) -> tuple[Effects, list[asyncpg.Record], list[asyncpg.Record]]:
+async def _left(url: str) -> tuple[Any, ...]:
+    """Effects, decisions, and every message with its ids numbered in the order of their first mention."""
     async with connected(url) as connection:
-        return (
-            await effects(connection),
-            await connection.fetch(_DECIDED),
-            await connection.fetch(_TOLD),
+        rows = await connection.fetch(
+            "SELECT type, aggregateid, payload, shard FROM outbox ORDER BY aggregateid, sequence"
         )
+        numbers: dict[str, str] = {}
+        told = []
+        for row in rows:
+            data = orjson.loads(row["payload"] or b"{}")
+            data.pop("recorded_at", None)
+            for lot in data.get("breakdown", {}).get("lots", []):
+                lot["lot_id"] = numbers.setdefault(lot["lot_id"], f"lot {len(numbers)}")
+            key = "" if row["aggregateid"].startswith("dead:") else row["aggregateid"]
+            told.append((row["type"], key, row["shard"] if key else 0, data))
+        return await effects(connection), await connection.fetch(_DECIDED), told
 
 
-async def test_the_opponents_path_leaves_what_the_products_path_leaves(
-    two_databases: tuple[str, str],
+@pytest.mark.parametrize(("path", "taken"), [("one-event", 11), ("sql-function", 5)])
+async def test_an_opponents_path_leaves_what_the_products_path_leaves(
+    databases: dict[str, str], path: str, taken: int
 ):
-    """The same balances, versions, outcomes, dead letters and messages, event by event."""
-    product, opponent = two_databases
-    await _apply(product, one_event=False)
-    await _apply(opponent, one_event=True)
+    """The same balances, versions, outcomes, dead letters and messages, event by event; and its own way is taken."""
+    everything = await _apply(databases["product"], "product")
+    handed_on = await _apply(databases[path], path)
 
-    expected, found = await _left(product), await _left(opponent)
+    expected, found = await _left(databases["product"]), await _left(databases[path])
     assert expected == found
     assert (expected[0].dead_letters, expected[0].parked) == (2, 0)
+    assert taken == everything - handed_on
+
+
+async def test_the_functions_books_pass_an_audit(databases: dict[str, str]):
+    """Its hash chain is the product's: every invariant of the stored rows holds."""
+    await _apply(databases["sql-function"], "sql-function")
+
+    pool = await open_pool(databases["sql-function"])
+    try:
+        verdict = await audit(pool)
+    finally:
+        await pool.close()
+    assert verdict.found == 0
+    assert verdict.counts["entries"] > 10

@@ -1,0 +1,203 @@
+"""A ledger of any size, made in the database: what would take the worker hours takes minutes.
+
+Each account has bought once and spent the rest of its entries on generations, one each; the worker's memory has a command
+for every entry, under a random key as publishers' are. Triggers are off while rows are made and on again before anything
+is measured; versions, totals, lots and the links of the chain are as the triggers demand of what comes after. The hashes
+themselves are of a shorter text than the ledger's: nobody audits this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.books import ANALYSED, Place, administer, at, connected
+from benchmarks.cases import FUNDED_CREDITS, IMAGE_CREDITS
+from benchmarks.sql_function import install
+from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
+from workers.store.migrations import migrate
+
+# Measured on filled ledgers: rows and indexes of an account with its lot; of an entry with its command and generation.
+ACCOUNT_BYTES, ENTRY_BYTES = 650, 1280
+# The write-ahead log between two checkpoints, and room to sort an index.
+SPARE_BYTES = 6 << 30
+ENTRIES_AT_ONCE = 200_000
+INDEXED = ("entries", "commands", "generations")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a ledger is. Every account has as many entries as another, so they may be a few fewer than asked."""
+
+    accounts: int
+    asked_entries: int
+
+    @property
+    def entries_each(self) -> int:
+        """Entries of one account."""
+        return max(1, self.asked_entries // self.accounts)
+
+    @property
+    def entries(self) -> int:
+        """Entries of all."""
+        return self.accounts * self.entries_each
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes on disk."""
+        return self.accounts * ACCOUNT_BYTES + self.entries * ENTRY_BYTES
+
+    def __str__(self) -> str:
+        return f"{self.accounts:,} accounts, {self.entries:,} entries"
+
+
+class NoRoomError(Exception):
+    """The disk is too small for a ledger of that size; the message says what it would take."""
+
+
+def check_room(sizes: list[Size], folder: Path) -> None:
+    """Raise NoRoomError unless the ledgers fit beside what is on the disk of a folder."""
+    needed = sum(size.bytes for size in sizes) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NoRoomError(
+            f"The case growth needs about {needed / 2**30:.0f} GiB under {folder}, which has {free / 2**30:.0f} GiB left. "
+            "Make room, name another folder by TMPDIR, or ask for less with --growth-accounts and --growth-entries."
+        )
+
+
+_FILL = """
+WITH made AS (
+    SELECT n, 'user:user-' || lpad(n::text, 8, '0') AS account_id, 'user-' || lpad(n::text, 8, '0') AS user_id,
+           md5('lot ' || n)::uuid AS lot_id, $4::timestamptz AS at
+    FROM generate_series($1::bigint, $2::bigint) n),
+accounts_made AS (
+    INSERT INTO accounts (account_id, purchased, version, chain_hash, tier, registered_at, created_at, updated_at)
+    SELECT account_id, $5::bigint - ($3::bigint - 1) * $6::bigint, $3::bigint, sha256(convert_to(account_id || ' ' || $3::bigint, 'UTF8')), 'pro', at, at, at
+    FROM made),
+lots_made AS (
+    INSERT INTO lots (lot_id, account_id, pool, granted, remaining, source_kind, source_reference, granted_version,
+                      granted_at)
+    SELECT lot_id, account_id, 'purchased', $5::bigint, $5::bigint - ($3::bigint - 1) * $6::bigint, 'purchase', 'checkout:cs_' || n, 1, at FROM made),
+versions AS MATERIALIZED (
+    SELECT made.*, v, md5(n || '/' || v) AS key, md5('entry ' || n || '/' || v)::uuid AS entry_id,
+           $5::bigint - (v - 1) * $6::bigint AS after
+    FROM made CROSS JOIN generate_series(1, $3::bigint) v),
+commands_made AS (
+    INSERT INTO commands (scope, type, key, fingerprint, outcome, account_id, transaction_id, recorded_at)
+    SELECT 'benchmark', CASE v WHEN 1 THEN 'credits.granted' ELSE 'generation.completed' END, key,
+           sha256(convert_to(key, 'UTF8')), 'applied', account_id, entry_id, at
+    FROM versions),
+generations_made AS (
+    INSERT INTO generations (generation_id, account_id, state, kind, units, taken, recorded_at)
+    SELECT md5('generation ' || key), account_id, 'completed', 'image', 1, $6::bigint, at FROM versions WHERE v > 1)
+INSERT INTO entries (
+    account_id, version, entry_id, transaction_id, kind, subscription_delta, purchased_delta, held_delta, debt_delta,
+    balance_before, balance_after, subscription_after, purchased_after, held_after, debt_after, allocation, cause,
+    topic, partition, kafka_offset, catalogue_version, occurred_at, recorded_at, previous_hash, hash)
+SELECT account_id, v, entry_id, entry_id, CASE v WHEN 1 THEN 'purchase' ELSE 'generation_debit' END,
+       0, delta, 0, 0, after - delta, after, 0, after, 0, 0,
+       jsonb_build_array(jsonb_build_object('lot_id', lot_id, 'pool', 'purchased', 'amount', delta, 'held', 0)),
+       jsonb_build_object('source', 'benchmark', 'type',
+                          CASE v WHEN 1 THEN 'credits.granted' ELSE 'generation.completed' END, 'id', key,
+                          'idempotency_key', key, 'generation_id', md5('generation ' || key)),
+       'generation.events', 0, n, '2026-11', at, at,
+       CASE v WHEN 1 THEN ''::bytea ELSE sha256(convert_to(account_id || ' ' || (v - 1), 'UTF8')) END,
+       sha256(convert_to(account_id || ' ' || v, 'UTF8'))
+FROM versions, LATERAL (SELECT CASE v WHEN 1 THEN $5::bigint ELSE -$6::bigint END AS delta) d
+"""
+
+_INDEXES = """
+SELECT c.conname, CASE WHEN c.oid IS NULL THEN pg_get_indexdef(i.indexrelid)
+                       ELSE format('ALTER TABLE %s ADD CONSTRAINT %I %s', i.indrelid::regclass, coalesce(c.conname, ''),
+                                   pg_get_constraintdef(c.oid)) END AS make, i.indexrelid::regclass::text AS name,
+       i.indrelid::regclass::text AS owner
+FROM pg_index i LEFT JOIN pg_constraint c ON c.conindid = i.indexrelid AND c.conrelid = i.indrelid
+WHERE i.indrelid = ANY($1::regclass[])
+"""
+
+
+async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple[Place, int]:
+    """Make a database with a ledger of that size. Returns it, and its bytes."""
+    name = f"growth_{size.accounts}_{size.entries}"
+    url = at(server_url, name)
+    await administer(
+        server_url,
+        f'DROP DATABASE IF EXISTS "{name}"',
+        f'CREATE DATABASE "{name}"',
+        "ALTER SYSTEM SET max_wal_size = '4GB'",
+        "ALTER SYSTEM SET checkpoint_timeout = '30min'",
+        "SELECT pg_reload_conf()",
+    )
+    await migrate(url)
+    async with connected(url) as connection:
+        await install(connection, parse_catalogue(DEFAULT_CATALOGUE))
+        tables = await connection.fetch(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'credits'::regnamespace AND relkind = 'r'"
+        )
+        switched = [row["relname"] for row in tables]
+        always = await connection.fetch(
+            "SELECT tgname, tgrelid::regclass::text AS owner FROM pg_trigger WHERE tgenabled = 'A'"
+        )
+        for table in switched:
+            await connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+        indexes = await connection.fetch(_INDEXES, [f"credits.{table}" for table in INDEXED])
+        for index in indexes:
+            drop = (
+                f'ALTER TABLE {index["owner"]} DROP CONSTRAINT "{index["conname"]}"'
+                if index["conname"]
+                else f"DROP INDEX {index['name']}"
+            )
+            await connection.execute(drop)
+        await _make_rows(url, size, say)
+        await connection.execute("SET maintenance_work_mem = '1GB'")
+        for index in indexes:
+            say(f"{size}: index {index['name'].removeprefix('credits.')}")
+            await connection.execute(index["make"])
+        for table in switched:
+            await connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER ALL")
+        # Switched on as a whole, those that fire ALWAYS would be plain ones.
+        for trigger in always:
+            await connection.execute(
+                f'ALTER TABLE {trigger["owner"]} ENABLE ALWAYS TRIGGER "{trigger["tgname"]}"'
+            )
+        for table in ANALYSED:
+            say(f"{size}: statistics of {table}")
+            await connection.execute(f"VACUUM (ANALYZE) {table}")
+        stored = await connection.fetchval("SELECT pg_database_size(current_database())")
+    await administer(
+        server_url,
+        "ALTER SYSTEM RESET max_wal_size",
+        "ALTER SYSTEM RESET checkpoint_timeout",
+        "SELECT pg_reload_conf()",
+        "CHECKPOINT",
+    )
+    return Place(name, shared=True), int(stored)
+
+
+async def _make_rows(url: str, size: Size, say: Callable[[str], None]) -> None:
+    """In parts, on as many connections as there are processors."""
+    part = max(1, ENTRIES_AT_ONCE // size.entries_each)
+    starts = iter(range(1, size.accounts + 1, part))
+    made = 0
+
+    async def make() -> None:
+        nonlocal made
+        async with connected(url) as connection:
+            await connection.execute("SET synchronous_commit = off")
+            now = await connection.fetchval("SELECT now() - interval '30 days'")
+            for start in starts:
+                last = min(start + part - 1, size.accounts)
+                await connection.execute(
+                    _FILL, start, last, size.entries_each, now, FUNDED_CREDITS, IMAGE_CREDITS
+                )
+                made += last - start + 1
+                say(f"{size}: {made * size.entries_each / size.entries:.0%} made")
+
+    async with asyncio.TaskGroup() as makers:
+        for _ in range(os.cpu_count() or 1):
+            makers.create_task(make())

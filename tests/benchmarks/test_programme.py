@@ -1,0 +1,154 @@
+"""Every case runs from end to end on real servers, and a run with wrong books has no figures."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.books import Effects, VoidError, same
+from benchmarks.growth import NoRoomError, Size, check_room
+from benchmarks.programme import CASES, Findings, Plan, Programme
+from benchmarks.run import Stage
+from benchmarks.subjects import SubjectError
+
+from benchmarks import programme
+from workers.embedded import Servers
+
+TINY = Plan(
+    cases=(),
+    subjects=("worker",),
+    events=200,
+    repeat=1,
+    tune_events=0,
+    consumers=2,
+    memory_events=400,
+    latency_rates=(200,),
+    latency_seconds=1.0,
+    starts=1,
+    sizes=(Size(300, 600), Size(600, 3000)),
+    counted=False,
+)
+
+
+class Silent:
+    """A display that nobody looks at."""
+
+    def begin(self, run: str) -> None:
+        """Say nothing."""
+
+    phase = say = end = begin
+
+    def expect(self, more: int) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def stage(servers: Servers, tmp_path: Path) -> Stage:
+    """Few partitions, so that topics are made soon."""
+    return Stage(servers, tmp_path, partitions=2, batch_records_max=500, settle_seconds=0.1)
+
+
+async def _found(stage: Stage, *cases: str, **changes: Any) -> Findings:
+    made = Programme(replace(TINY, cases=cases, **changes), stage, Silent())
+    await made.run()
+    return made.found
+
+
+async def test_all_subjects_leave_the_same_books(stage: Stage):
+    """Stories over four topics, told to every subject: what each leaves is judged, and compared with the others."""
+    subjects = ("worker", "straightforward", "sql_function", "copy_limit")
+
+    found = await _found(stage, "mixed", subjects=subjects)
+
+    assert set(subjects) == found.cases["mixed"].keys()
+    effects = {run.effects for (run,) in found.cases["mixed"].values() if run.effects is not None}
+    assert len(effects) == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in {"mixed", "uniform"}])
+async def test_a_backlog_leaves_what_arithmetic_says(stage: Stage, case: str):
+    """A run that ends has been judged: every entry, every total, every message."""
+    found = await _found(stage, case)
+
+    (run,) = found.cases[case]["worker"]
+    assert run.events == 200
+    assert run.effects is not None
+    assert run.wal_bytes > 0
+
+
+async def test_two_worker_processes_share_a_backlog(stage: Stage):
+    """They leave what one leaves."""
+    found = await _found(stage, "processes")
+
+    (one,), (two,) = found.cases["processes"]["worker"], found.cases["processes"]["two_workers"]
+    assert one.effects == two.effects
+
+
+async def test_growth_is_measured_on_ledgers_of_two_sizes(stage: Stage):
+    """Both are as large as they were meant to be, the worker goes on from what is there, and nothing stays behind."""
+    found = await _found(stage, "growth")
+
+    assert {"growth_small", "growth_large"} <= found.cases.keys()
+    sizes = {label: size.entries for label, (size, _) in found.ledgers.items()}
+    assert sizes == {"growth_small": 600, "growth_large": 3000}
+    (run,) = found.cases["growth_large"]["worker"]
+    assert run.effects is not None
+
+
+async def test_latency_counts_every_event_from_when_it_was_due(stage: Stage):
+    """All events of a run are seen, and what our own publisher was late is told."""
+    found = await _found(stage, "latency")
+
+    (one,) = found.latency["worker"][200]
+    assert one.events == 200
+    assert 0 < one.p50 <= one.p99 <= one.p99_9 <= one.max
+    assert one.published_late_p99 <= one.max
+
+
+async def test_start_and_memory_are_those_of_the_worker_process(stage: Stage):
+    """A start takes some time, and a worker some memory."""
+    found = await _found(stage, "start", "memory")
+
+    assert len(found.starts) == 1
+    assert found.starts[0] > 0.1
+    (run,) = found.cases["memory"]["worker"]
+    assert run.events == 400
+    if stage.servers.postgres_pid:  # else the worker is on this machine, but its servers are not
+        assert (run.peak_memory_mib or 0) > 20
+
+
+async def test_what_was_found_stays_when_a_later_run_is_void(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    """A partial report is made of what was complete."""
+
+    async def fail(*_arguments: object, **_named: object) -> None:
+        raise SubjectError("the subject ended by itself")
+
+    made = Programme(replace(TINY, cases=("hot", "start"), subjects=("worker",)), stage, Silent())
+    monkeypatch.setattr(programme, "start_seconds", fail)
+
+    with pytest.raises(SubjectError):
+        await made.run()
+
+    assert made.found.cases.keys() == {"hot"}
+
+
+def test_books_that_differ_make_a_run_void():
+    """Subjects that did not do the same work are not compared."""
+    one = Effects(10, 10, 10, 5, 0, 0, 5, 0, 1, 0, 0, 0, "a")
+
+    with pytest.raises(VoidError, match="differ in case uniform"):
+        same("uniform", {"worker": one, "straightforward": replace(one, balance=6)})
+
+
+def test_a_ledger_that_does_not_fit_is_refused_with_what_it_would_need(tmp_path: Path):
+    """Nobody fills a disk to learn that it is too small."""
+    with pytest.raises(NoRoomError, match=r"needs about \d+ GiB under .*, which has \d+ GiB left"):
+        check_room([Size(10**9, 10**12)], tmp_path)
+
+
+def test_a_ledger_has_as_many_entries_for_each_account():
+    """So it may have a few fewer than were asked for."""
+    assert Size(3, 10).entries == 9
+    assert Size(10, 3).entries == 10
