@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     worker_port: Annotated[int | None, Field(ge=0, le=65535)] = None
     read_tokens: Secrets
     admin_tokens: Secrets
+    session_key: Secrets
+    frame_ancestors: Annotated[str, Field(pattern=r"^[A-Za-z0-9 :/.*\[\]-]*$")] = ""
     log_format: Literal["json", "console"] = "json"
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"

@@ -11,9 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from workers.catalogue_file import CatalogueFile
 from workers.gateway import problems
 from workers.gateway.accounts import SLASH_INSIDE, accounts_router
-from workers.gateway.commands import COMPONENTS, commands_router
+from workers.gateway.commands import COMPONENTS, Commands, commands_router
 from workers.gateway.connections import Broker, Late
+from workers.gateway.console import console_routes
+from workers.gateway.fragment import fragment_router
 from workers.gateway.health import health_router
+from workers.gateway.organisations import Organisations, organisations_router
 from workers.gateway.tokens import Tokens
 from workers.gateway.webhook import webhook_router
 from workers.settings import Settings
@@ -44,7 +47,19 @@ def create_app(
     app.include_router(health_router(settings, database, broker))
     tokens = Tokens(settings)
     app.include_router(accounts_router(database, tokens))
-    app.include_router(commands_router(settings, database, tokens, catalogue))
+    commands = Commands(settings, database, catalogue)
+    app.include_router(commands_router(database, tokens, commands))
+    organisations = Organisations(database, commands)
+    app.include_router(organisations_router(tokens, organisations))
+    app.include_router(fragment_router(settings, database, tokens))
+    app.router.routes += console_routes(
+        settings,
+        database,
+        tokens=tokens,
+        commands=commands,
+        organisations=organisations,
+        catalogue=catalogue,
+    )
     app.add_middleware(keep_encoded_slashes)
 
     def openapi() -> dict[str, Any]:

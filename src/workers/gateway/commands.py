@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, TypeAdapter, create_model
 
-from workers.batch import Ledger
+from workers.batch import Ledger, Reply
 from workers.catalogue_file import CatalogueFile
 from workers.gateway import problems
 from workers.gateway.bodies import read_body
@@ -40,9 +40,27 @@ class AnswerView(BaseModel):
     account: AccountView | None
 
 
-def commands_router(
-    settings: Settings, database: Late[Pool], tokens: Tokens, file: CatalogueFile
-) -> APIRouter:
+class Commands:
+    """Decides what somebody who waits asks for: by the core of the events, committed before the answer."""
+
+    def __init__(self, settings: Settings, database: Late[Pool], file: CatalogueFile) -> None:
+        self._settings, self._database, self._file = settings, database, file
+
+    async def decide(self, understood: Understood) -> Reply:
+        """Decide one command, or find what was decided under its key before.
+
+        Raises:
+            Refused: it can never be applied as it is, or its key stands for another content.
+            TimeoutError, Away, OSError, asyncpg errors: not known whether it was decided; the same key may be sent again.
+        """
+        catalogue, pool = self._file.catalogue, self._database.current
+        sources = Sources(catalogue, (), COMMAND_BYTES_MAX)
+        deadline_seconds = self._settings.parked_deadline_seconds
+        ledger = Ledger(pool, sources, catalogue, parked_deadline_seconds=deadline_seconds)
+        return await within(DECIDE_SECONDS_MAX, ledger.answer(understood))
+
+
+def commands_router(database: Late[Pool], tokens: Tokens, commands: Commands) -> APIRouter:
     """The routes of commands: ask for one, and see what became of one."""
     router = APIRouter(prefix="/v1", tags=["commands"])
 
@@ -76,13 +94,8 @@ def commands_router(
     async def ask(request: Request, response: Response) -> AnswerView:
         body = await read_body(request, COMMAND_BYTES_MAX)
         understood = _understand(request, body)
-        catalogue, pool = file.catalogue, database.current
-        sources = Sources(catalogue, (), COMMAND_BYTES_MAX)
-        ledger = Ledger(
-            pool, sources, catalogue, parked_deadline_seconds=settings.parked_deadline_seconds
-        )
         try:
-            answer = await within(DECIDE_SECONDS_MAX, ledger.answer(understood))
+            answer = await commands.decide(understood)
         except Refused as refused:
             # By the draft of the header's standard: the key is right, and what it is used for is not.
             status = 422 if refused.reason == "idempotency_conflict" else 400

@@ -41,15 +41,28 @@ class Tokens:
         if self._role(credentials) != "admin":
             raise Problem(403, "forbidden", "this needs an administrator's token")
 
+    def recognise(self, token: str) -> tuple[Role, bytes] | None:
+        """What a token may do, and its digest; None for one that is not configured."""
+        presented = _digest(token)
+        if _among(presented, self._admins):
+            return "admin", presented
+        if _among(presented, self._readers):
+            return "reader", presented
+        return None
+
+    @property
+    def digests(self) -> tuple[tuple[Role, bytes], ...]:
+        """SHA-256 of every token, with what it may do."""
+        admins: list[tuple[Role, bytes]] = [("admin", digest) for digest in self._admins]
+        return (*admins, *(("reader", digest) for digest in self._readers))
+
     def _role(self, credentials: HTTPAuthorizationCredentials | None) -> Role:
         if credentials is None:
             raise _unauthorized("Bearer", "a bearer token is needed")
-        presented = _digest(credentials.credentials)
-        if _among(presented, self._admins):
-            return "admin"
-        if _among(presented, self._readers):
-            return "reader"
-        raise _unauthorized('Bearer error="invalid_token"', "this token is not known")
+        known = self.recognise(credentials.credentials)
+        if known is None:
+            raise _unauthorized('Bearer error="invalid_token"', "this token is not known")
+        return known[0]
 
 
 def _unauthorized(challenge: str, detail: str) -> Problem:

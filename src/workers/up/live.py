@@ -124,7 +124,7 @@ def change_line(change: Change) -> str:
 
 def _header(picture: Picture, width: int) -> RenderableType:
     left = Table.grid(padding=(0, 2))
-    left.add_row(Text("gateway", "dim"), Text(picture.http_url, "bold underline"))
+    left.add_row(Text("console", "dim"), Text(f"{picture.http_url}/console", "bold underline"))
     left.add_row(Text("kafka", "dim"), Text(picture.kafka))
     left.add_row(Text("postgres", "dim"), Text(picture.database))
     if picture.admin_token and width >= TOKENS_COLUMNS_MIN:

@@ -84,6 +84,7 @@ class Output:
             f"Ready in {seconds:.1f} s",
             "",
             f"  gateway         {stack.http_url}",
+            f"  console         {stack.http_url}/console",
             f"  interface       {stack.http_url}/openapi.json",
             f"  read token      {secret['read_token']}",
             f"  admin token     {secret['admin_token']}",

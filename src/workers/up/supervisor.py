@@ -64,6 +64,8 @@ class Supervisor:
         self._ready = False
         self._read_token = _first(settings.reader_tokens) or secrets.token_urlsafe(24)
         self._admin_token = _first(settings.administrator_tokens) or secrets.token_urlsafe(24)
+        # A gateway that is started again knows who was logged in.
+        self._session_key = secrets.token_urlsafe(32)
         self._webhook_secret = _first(settings.webhook_secrets) or f"whsec_{secrets.token_hex(24)}"
 
     @property
@@ -211,6 +213,8 @@ class Supervisor:
             environment["CREDITS_READ_TOKENS"] = stack.read_token
         if not self.settings.administrator_tokens:
             environment["CREDITS_ADMIN_TOKENS"] = stack.admin_token
+        if self.settings.session_key is None:
+            environment["CREDITS_SESSION_KEY"] = self._session_key
         return environment
 
     def _gateway_environment(self) -> dict[str, str]:
