@@ -2,7 +2,11 @@
 
 import asyncio
 
+import pytest
+
 from workers import worker
+from workers.settings import Settings
+from workers.worker import serve_worker
 
 
 async def test_a_part_that_takes_its_end_for_a_failure_is_told_again() -> None:
@@ -33,3 +37,38 @@ async def test_a_part_that_takes_its_end_for_a_failure_is_told_again() -> None:
 
     assert running.cancelled()
     assert told == 3
+
+
+@pytest.mark.parametrize("silent", ["database", "kafka"])
+async def test_a_worker_that_waits_for_a_silent_server_ends_when_it_is_told_to(
+    silent: str, database_url: str
+) -> None:
+    """A server that takes the connection and says nothing, as behind a broken network, does not keep a worker from ending."""
+    asked = asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    address = f"{host}:{port}"
+    silent_url = f"postgresql://nobody@{address}/credits"
+    settings = Settings(
+        database_url=silent_url if silent == "database" else database_url,
+        kafka_bootstrap=address,
+        worker_port=None,
+    )
+    stop = asyncio.Event()
+    async with server:
+        running = asyncio.create_task(serve_worker(settings, stop=stop))
+        await asked.wait()
+        stop.set()
+        ended, _ = await asyncio.wait({running}, timeout=3)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    assert ended == {running}
+    assert running.exception() is None

@@ -1,7 +1,8 @@
 """The worker process: consumer, relay, clock, patrol and parked messages around one ledger, started and stopped as one.
 
-It begins only on a database that may be trusted (`store/safety.py`), and looks again after every outage. A part that fails for a reason that is our own fault stops the process with that error; whoever supervises it
-starts it again. SIGTERM and SIGINT end it in order: no new records, the batch in flight, the relay, the pool.
+It begins only on a database that may be trusted (`store/safety.py`), and looks again after every outage. A part that
+fails for a reason that is our own fault stops the process with that error; whoever supervises it starts it again.
+SIGTERM and SIGINT end it in order: no new records, the batch in flight, the relay, the pool.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -302,7 +303,7 @@ class Worker:
         return True
 
 
-async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
     """Cancel, and again until it is heard: a task that meets an error while it lets go of its connection, as it does
     when the database has fallen silent, would take that for a failure to be tried again.
     """
@@ -391,7 +392,7 @@ async def _is_fit(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
 async def _started(worker: Worker) -> bool:
     try:
         await worker.start()
-    except Exception:
+    except BaseException:
         await worker.stop()  # half a start must not be built upon
         raise
     return True
@@ -405,17 +406,27 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 async def _patiently(
-    stop: asyncio.Event, what: str, attempt: Callable[[], Awaitable[Result]]
+    stop: asyncio.Event, what: str, attempt: Callable[[], Coroutine[Any, Any, Result]]
 ) -> Result | None:
-    """Try until it works or we are told to stop: a worker may well start before its servers."""
-    while not stop.is_set():
-        try:
-            return await attempt()
-        except Exception as error:
-            if classify(error)[0] != "transient" and not isinstance(error, (KafkaError, NotReady)):
-                raise
-            log.warning("waiting", what=what, exc_info=error)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(START_BACKOFF_SECONDS):
-                await stop.wait()
+    """Try until it works or we are told to stop, which is heard at once: a worker may well start before its servers, and a
+    server that says nothing would keep an attempt for minutes.
+    """
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        while not stop.is_set():
+            trying = asyncio.create_task(attempt(), name=f"waiting for {what}")
+            await asyncio.wait({trying, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not trying.done():
+                await _end([trying])
+                return None
+            try:
+                return trying.result()
+            except Exception as error:
+                passing = isinstance(error, (KafkaError, NotReady))
+                if not passing and classify(error)[0] != "transient":
+                    raise
+                log.warning("waiting", what=what, exc_info=error)
+            await asyncio.wait({stopping}, timeout=START_BACKOFF_SECONDS)
+    finally:
+        stopping.cancel()
     return None
