@@ -535,7 +535,7 @@ async def _outbox(asking: _Asking) -> Check:
     depth = await asking.connection.fetchval(OUTBOX_DEPTH, OUTBOX_ROWS_MAX)
     oldest = await asking.connection.fetchrow(OUTBOX_OLDEST)
     next_ = (
-        "is Kafka there, and a worker? `relay_restarted` in the log says why nothing is published"
+        "is Kafka there, and a worker? `publication_held_back` and `relay_restarted` in the log say why something waits"
     )
     if oldest is None:
         return _check("outbox", "everything is published", (), next_)
