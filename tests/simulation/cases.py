@@ -365,8 +365,8 @@ CASES: dict[str, Case] = {
         tell, tell.of("generation.cancelled", "g1", "ann"), _for_acme(tell, "ann")
     ),
     "generation.completed above its hold": lambda tell: Told(
-        tell.of("generation.completed", "g1", "ann", credits=40),
-        [tell.grant("ann", 20), tell.request("g1", "ann", kind="sound", credits=15)],
+        tell.of("generation.completed", "g1", "ann", kind="image", units=6),
+        [tell.grant("ann", 20), tell.request("g1", "ann")],
     ),
     "generation.failed, its credits shared by now": _freed_after_a_switch,
     # booking.events
@@ -432,7 +432,7 @@ CASES: dict[str, Case] = {
         tell.stripe(
             "customer.updated", {"id": tell("cus_1"), "metadata": {"user_id": tell("ann")}}
         ),
-        [tell.stripe("customer.created", {"id": tell("cus_1")})],
+        [tell.pack("1", None, "cus_1")],
     ),
     "refund.created": lambda tell: Told(
         tell.money("refund.created", "re_1", "1", amount=287, status="succeeded"),

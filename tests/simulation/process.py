@@ -385,8 +385,11 @@ class World:
 
     async def gone(self, process: Process) -> None:
         """Wait until the server has noticed that a process is dead."""
+        await self.gone_from(*(connection.pid for connection in process.connections))
+
+    async def gone_from(self, *pids: int) -> None:
+        """Wait until these sessions have ended."""
         question = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1::int[])"
-        pids = [connection.pid for connection in process.connections]
         while await self.ask(question, pids):
             await self.ask("SELECT pg_stat_clear_snapshot()")
 

@@ -3,6 +3,7 @@
 The broker takes batches of three messages here, so that an account's changes need several.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator
 
@@ -27,13 +28,19 @@ class Story:
 
     def __init__(self, world: World, *, people: tuple[str, ...] = ("ann", "bob")) -> None:
         self.world = world
-        self._sent = []
-        tell = Teller("")
-        for _ in VERSIONS:
-            for person in people:
-                self._send(tell.grant(person, 5))
+        self._sent: list[Expected] = []
+        self._people = people
+        self._tell = Teller("")
+        self.more()
         for person in people:
-            self._send(tell.event("credits.adjusted", user_id=person, credits=-99, reason="tests"))
+            taken = {"user_id": person, "credits": -99, "reason": "tests"}
+            self._send(self._tell.event("credits.adjusted", **taken))
+
+    def more(self) -> None:
+        """Seven grants to each."""
+        for _ in VERSIONS:
+            for person in self._people:
+                self._send(self._tell.grant(person, 5))
 
     def _send(self, work) -> None:
         self._sent.append(Expected(self.world.log.send(work, 0), DECIDED))
@@ -185,6 +192,29 @@ async def test_nothing_overtakes_a_batch_that_was_not_acknowledged(
 
         first_seen = list(dict.fromkeys(story.published(CHANGED, "ann")))
         assert first_seen == VERSIONS
+        assert await story.mended() == []
+
+
+@pytest.mark.parametrize("frozen", [f"sending {CHANGED}", f"sending {BALANCE}", "settle_outbox"])
+async def test_a_relay_that_thaws_after_another_took_over_disorders_nothing(
+    worlds: Worlds, frozen: str
+) -> None:
+    """It was frozen for so long that the server ended its session: what it still sends has been told already."""
+    async with worlds() as world:
+        story = Story(world, people=("ann",))
+        zombie = await world.begin()
+        with zombie.held_before(frozen) as gate:
+            working = asyncio.create_task(zombie.drain())
+            await gate.reached.wait()
+            await world.ask("SELECT pg_terminate_backend($1)", zombie._relaying.pid)
+            await world.gone_from(zombie._relaying.pid)
+            story.more()
+            await live(world)
+            first_seen = story.published(CHANGED, "ann")
+            assert list(dict.fromkeys(first_seen)) == [*VERSIONS, *(one + 7 for one in VERSIONS)]
+        await working
+
+        assert set(story.published(CHANGED, "ann")) == set(first_seen)
         assert await story.mended() == []
 
 

@@ -15,19 +15,17 @@ import pytest
 from .conftest import Worlds
 from .schedule import Schedule
 
-# One finding is not judged yet: versions first published out of order, where the simulated broker refuses one message of a
-# key and takes the next.
-pytestmark = pytest.mark.skipif(
-    "CREDITS_TEST_FAULTS" not in os.environ,
-    reason="a drawn story may have a finding that is not judged yet: CREDITS_TEST_FAULTS=1 tells them",
-)
 TIMES_AS_MANY = int(os.environ.get("CREDITS_TEST_EXAMPLES", "1"))
+# The ordinary stories are the same every time; a campaign draws anew.
 SEED = int(os.environ.get("CREDITS_TEST_SEED", "0"))
-SEEDS = (
-    [SEED]
-    if SEED
-    else [random.SystemRandom().randrange(1, 10**9) for _ in range(3 * TIMES_AS_MANY)]
-)
+ORDINARY = (12, 21, 244869568)
+if SEED:
+    SEEDS = [SEED]
+elif TIMES_AS_MANY == 1:
+    SEEDS = list(ORDINARY)
+else:
+    dice = random.SystemRandom()
+    SEEDS = [dice.randrange(1, 10**9) for _ in range(len(ORDINARY) * TIMES_AS_MANY)]
 
 
 def how_to_repeat(seed: int) -> str:

@@ -235,6 +235,18 @@ async def test_every_domain_takes_what_it_means_and_nothing_else(
             await owner.fetchval(f"SELECT $1::{kind}::{domain}", value)
 
 
+async def test_no_column_can_hold_a_fraction_or_what_is_no_number(
+    owner: asyncpg.Connection,
+) -> None:
+    """NaN is greater than zero to PostgreSQL, so that no check on a numeric column would find it: there is none."""
+    found = await owner.fetch(
+        "SELECT table_name, column_name, data_type FROM information_schema.columns "
+        "WHERE table_schema = 'credits' AND data_type IN ('numeric', 'real', 'double precision', 'money')"
+    )
+
+    assert [tuple(row) for row in found] == []
+
+
 @pytest.mark.parametrize(
     ("table", "where", "column", "values"),
     [

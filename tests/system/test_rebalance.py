@@ -17,6 +17,7 @@ from workers.store import database
 from .world import ACCOUNT, InProcess, Process, World, eventually
 
 PARTITIONS = 4
+COMINGS = 5
 WORLD = {"partitions": PARTITIONS, "batch_records_max": 50}
 
 
@@ -170,3 +171,24 @@ async def test_a_worker_is_frozen_in_its_transaction_and_goes_on_after_others_to
     await shared(world, 2, 2)
     await check_once(world, user, ids)
     assert (zombie.fault, other.fault) == (None, None)
+
+
+async def test_workers_that_come_and_go_all_the_time_leave_nothing_behind(world: World) -> None:
+    """One joins, another leaves, again and again under load: every event is applied once, and no partition is forgotten."""
+    await world.stop_workers()
+    workers = [world.start_worker() for _ in range(2)]
+    user = await user_with_an_account(world)
+    ids: list[str] = []
+    for _ in range(COMINGS):
+        workers.append(world.start_worker())
+        ids += await give(world, user, 40)
+        await world.until(lambda: workers[-1].logs.of("worker_started"))
+        leaver = workers.pop(0)
+        ids += await give(world, user, 40)
+        await leaver.stop()
+        world.workers.remove(leaver)
+
+    await check_once(world, user, ids)
+    await world.caught_up(ACCOUNT)
+    assert [worker.fault for worker in workers] == [None, None]
+    await world.stop_workers()

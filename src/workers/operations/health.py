@@ -534,9 +534,7 @@ def _waiting(row: asyncpg.Record, now: datetime) -> Finding:
 async def _outbox(asking: _Asking) -> Check:
     depth = await asking.connection.fetchval(OUTBOX_DEPTH, OUTBOX_ROWS_MAX)
     oldest = await asking.connection.fetchrow(OUTBOX_OLDEST)
-    next_ = (
-        "is Kafka there, and a worker? `relay_restarted` in the log says why nothing is published"
-    )
+    next_ = "is Kafka there, and a worker? `publication_held_back` and `relay_restarted` in the log say why something waits"
     if oldest is None:
         return _check("outbox", "everything is published", (), next_)
     age = _age(oldest["id"], asking.now)
