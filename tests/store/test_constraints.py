@@ -215,9 +215,9 @@ async def test_no_constraint_is_left_out(owner: asyncpg.Connection) -> None:
     [
         (
             "owner_id",
-            ["user:a", "org:a", "user:" + "a" * 255, "user:user:a", "org:!~"],
+            ["user:a", "org:a", "user:" + "a" * 255, "org:" + "a" * 255, "user:user:a", "org:!~"],
             ["", "a", "user:", "org:", "team:a", "user:a b", "user:ü", "user:a\n", "\nuser:a", " user:a",
-             "USER:a", "user:" + "a" * 256],
+             "USER:a", "user:" + "a" * 256, "org:" + "a" * 256],
         ),
         ("external_id", ["a", "a" * 255, "!~"], ["", " ", "a b", "ü", "a\n", "\t", "a" * 256]),
         ("credits_held_or_owned", [0, 1, 2**63 - 1], [-1, -(2**63)]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
@@ -80,9 +79,10 @@ async def load(
     """
     state = Snapshot()
     money = await _lock_money(connection, reach)
-    locked = await _find_parties(connection, reach, money)
+    locked, unknown = await _find_parties(connection, reach, money)
+    if unknown:
+        await connection.execute(SQL["create_accounts"], unknown)
     if locked:
-        await connection.execute(SQL["create_accounts"], locked)
         for row in await connection.fetch(SQL["lock_accounts"], locked):
             state.accounts[row["account_id"]] = _account(row)
     now: datetime = await connection.fetchval(SQL["read_clock"])
@@ -105,8 +105,10 @@ async def load(
     return state, now
 
 
-async def _find_parties(connection: Connection, reach: Reach, money: list[str]) -> list[str]:
-    """The accounts that must be locked, in the order of their locks."""
+async def _find_parties(
+    connection: Connection, reach: Reach, money: list[str]
+) -> tuple[list[str], list[str]]:
+    """The accounts that must be locked, in the order of their locks, and those of them that may not exist yet."""
     named = (
         reach.accounts,
         reach.generation_ids,
@@ -116,15 +118,16 @@ async def _find_parties(connection: Connection, reach: Reach, money: list[str]) 
         reach.organisations,
     )
     if not any(named):
-        return []
+        return [], []
     rows = await connection.fetch(SQL["find_parties"], *map(list, named))
     found = [row[0] for row in rows]
+    known = {row[0] for row in rows if row["known"]}
     # Most batches touch no organisation, and need not look where few ever find something.
     if reach.merging or any(row[1] or row[0].startswith("org:") for row in rows):
         merging = list(reach.merging)
         rows = await connection.fetch(SQL["find_linked_parties"], found, merging)
         found = [row[0] for row in rows]
-    return sorted(found)
+    return sorted(found), sorted(set(found) - known)
 
 
 async def _lock_money(connection: Connection, reach: Reach) -> list[str]:
@@ -267,33 +270,35 @@ async def _load_purchases(
 async def _load_lots(
     connection: Connection, state: Snapshot, reach: Reach, giving: Collection[str], now: datetime
 ) -> None:
-    """The lots that the batch may come to: those that business objects name, all of accounts that give everything away, and
-    of each other account so many in consumption order as cover what is asked of it, with all that have expired.
+    """The lots that the batch may come to: all of accounts that give everything away, of each other account so many in
+    consumption order as cover what is asked of it, with all that have expired, and those that business objects name.
 
-    Who has few lots gets them all. Who has many is looked at again while there is not enough: a statement for each
-    `LOTS_GROWTH`-fold, however many accounts and commands there are.
+    Who has few lots gets them all at once, and what is named is mostly among them. Who has many is looked at again while
+    there is not enough: a statement for each `LOTS_GROWTH`-fold, however many accounts and commands there are.
     """
     asked = demands(reach, state)
     lacking: dict[tuple[str, Pool], int] = {}
     for name, account in state.accounts.items():
         account.whole = name in giving
-        for pool in ("subscription", "purchased"):
-            # The row says so: a pool without credits has no open lot (R2).
-            if not account.whole and getattr(account, pool):
-                lacking[name, pool] = asked.get(name, 0)
-    whole, named = list(giving), list(named_lots(state))
+        # The row says so: a pool without credits has no open lot (R2).
+        if not account.whole and account.subscription:
+            lacking[name, "subscription"] = asked.get(name, 0)
+        if not account.whole and account.purchased:
+            lacking[name, "purchased"] = asked.get(name, 0)
+    whole, named = list(giving), set[UUID]()
     offset, limit = 0, LOTS_AT_FIRST
     while lacking or whole or named:
         pools = [list(names) for names in zip(*lacking, strict=True)] or [[], []]
-        rows = await connection.fetch(SQL["load_lots"], whole, named, *pools, limit, offset)
-        in_order: defaultdict[tuple[str, Pool], list[Lot]] = defaultdict(list)
-        for row in rows:
-            lot = state.lots.get(row["lot_id"]) or _lot(row)
-            state.lots[lot.lot_id] = lot
+        in_order: dict[tuple[str, Pool], list[Lot]] = {pair: [] for pair in lacking}
+        for row in await connection.fetch(
+            SQL["load_lots"], whole, list(named), *pools, limit, offset
+        ):
+            lot = state.lots.setdefault(row["lot_id"], _lot(row))
             if row["in_order"]:
                 in_order[lot.account_id, lot.pool].append(lot)
         lacking = _not_enough(state, lacking, in_order, limit, now)
-        whole, named, offset, limit = [], [], offset + limit, limit * LOTS_GROWTH
+        named = named_lots(state) - state.lots.keys() if offset == 0 else set()
+        whole, offset, limit = [], offset + limit, limit * LOTS_GROWTH
     for lot in state.lots.values():
         owner = state.accounts.get(lot.account_id)
         if owner is not None and lot.remaining > 0:
@@ -312,8 +317,7 @@ def _not_enough(
     """Say how far the pools that were asked for are loaded now, and which of them still lack how many credits."""
     again = {}
     for (name, pool), credits in lacking.items():
-        lots = in_order.get((name, pool), ())
-        ends = state.accounts[name].loaded_to
+        lots, ends = in_order[name, pool], state.accounts[name].loaded_to
         if len(lots) < limit:
             ends.pop(pool, None)
             continue
@@ -325,14 +329,29 @@ def _not_enough(
     return again
 
 
+def _lot(row: asyncpg.Record) -> Lot:
+    return Lot(
+        lot_id=row["lot_id"],
+        account_id=row["account_id"],
+        pool=row["pool"],
+        granted=row["granted"],
+        remaining=row["remaining"],
+        held=row["held"],
+        expired=row["expired"],
+        clawed=row["clawed"],
+        expires_at=row["expires_at"],
+        source_kind=row["source_kind"],
+        source_reference=row["source_reference"],
+        subscription_id=row["subscription_id"],
+        period_start=row["period_start"],
+        granted_version=row["granted_version"],
+        granted_at=row["granted_at"],
+        position=row["position"],
+    )
+
+
 def _is_over(lot: Lot, now: datetime) -> bool:
     return lot.expires_at is not None and lot.expires_at <= now
-
-
-def _lot(row: asyncpg.Record) -> Lot:
-    fields = dict(row)
-    del fields["in_order"]
-    return Lot(**fields)
 
 
 async def _load_allocations(

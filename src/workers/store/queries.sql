@@ -52,7 +52,7 @@ FROM payments p WHERE p.payment_id = ANY($1::text[]);
 -- name: find_parties
 -- Every account that must be locked: those named, those of business objects and of organisations that a batch names, and
 -- the heirs of merged ones. Whether there is any hold that releases to another account is asked beside: then, as where a
--- batch touches organisations, `find_linked_parties` finds the rest.
+-- batch touches organisations, `find_linked_parties` finds the rest. Known accounts are there already: none is ever removed.
 WITH RECURSIVE parties AS (
     SELECT unnest($1::text[]) AS account_id
     UNION SELECT named.account_id FROM generations g
@@ -73,7 +73,9 @@ WITH RECURSIVE parties AS (
         SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
         FROM heirs) n WHERE n.heir IS NOT NULL
 )
-SELECT account_id, (SELECT EXISTS (SELECT FROM generations WHERE released_to IS NOT NULL AND state = 'held')) FROM heirs;
+SELECT account_id, (SELECT EXISTS (SELECT FROM generations WHERE released_to IS NOT NULL AND state = 'held')),
+       (SELECT true FROM accounts a WHERE a.account_id = heirs.account_id) AS known
+FROM heirs;
 
 -- name: find_linked_parties
 -- These accounts, the organisations of those who merge, the members of mirrors, all between which open holds move what they
