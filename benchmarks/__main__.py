@@ -45,7 +45,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench",
         description="Measure this worker beside others, on servers of their own.",
-        epilog="cases: " + "; ".join(f"{name}: {told}" for name, told in ALL_CASES.items()),
+        epilog="\n".join(["cases:", *(f"  {name:12}{told}" for name, told in ALL_CASES.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--case",

@@ -1,11 +1,13 @@
 """Every case runs from end to end on real servers, and a run with wrong books has no figures."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.books import Effects, VoidError, same
+from benchmarks.books import Effects, VoidError, connected, judge, look_before, same
+from benchmarks.cases import workload
 from benchmarks.growth import NoRoomError, Size, check_room
 from benchmarks.programme import CASES, Findings, Plan, Programme
 from benchmarks.run import Stage
@@ -132,6 +134,23 @@ async def test_what_was_found_stays_when_a_later_run_is_void(
         await made.run()
 
     assert made.found.cases.keys() == {"hot"}
+
+
+async def test_books_that_lack_something_make_a_run_void(database_url: str):
+    """What arithmetic says must be there, and what was told must be in the journal."""
+    work = workload("hot", 200, 2)
+    async with connected(database_url) as database:
+        before = await look_before(database, work)
+
+        with pytest.raises(VoidError) as void:
+            await judge(database, work, before, Counter({("user:user-00000", 1): 2}))
+
+    told = str(void.value)
+    assert "commands: 0, must be 200" in told
+    assert "entries: 0, must be 200" in told
+    assert "credits: 0, must be -400" in told
+    assert "credit.changed tells 1 versions, the journal has 0" in told
+    assert "credit.changed repeats 1 versions" in told
 
 
 def test_books_that_differ_make_a_run_void():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from benchmarks.growth import Size
-from benchmarks.latency import Latency, quantile
+from benchmarks.latency import Latency, judged, quantile
 from benchmarks.machine import Cpu
 from benchmarks.plots import Bar, bars
 from benchmarks.programme import Findings
@@ -175,6 +175,14 @@ def test_bars_are_as_long_as_their_figures():
     size = root.get("viewBox", "").split()
     assert all(float(one.get("y", "0")) + 15 <= float(size[3]) for one in drawn)
     assert all(float(one.get("x", "0")) + width <= float(size[2]) for one, width in zip(drawn, widths, strict=True))  # fmt: skip
+
+
+def test_latency_counts_from_when_an_event_was_due():
+    """Not from when it was sent: who stalls delays what is sent next, and is charged for that, publishers included."""
+    found = judged({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.5}, {"a": 1.1, "b": 2.6}, per_second=1, ended=2.5)  # fmt: skip
+
+    assert (found.p50, found.max, found.published_late_p99) == (100, 600, 500)
+    assert found.drained_seconds == 0.1
 
 
 def test_a_quantile_is_a_value_that_was_measured():
