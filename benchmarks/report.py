@@ -420,10 +420,10 @@ def _costs(report: Mapping[str, Any]) -> list[str]:
         return []
     head = [
         "case", "subject", "worker", "PostgreSQL", "Kafka", "log bytes an event", "statements an event", "peak memory",
-        "records a batch",
+        "records a batch", "used by others",
     ]  # fmt: skip
     return [
-        "Processor seconds for 1,000 events, and what else a run costs:",
+        "Processor seconds for 1,000 events, what else a run costs, and how much of the machine others used meanwhile at most:",
         "",
         *_table(head, rows),
     ]
@@ -442,6 +442,7 @@ def _cost_row(report: Mapping[str, Any], case: str, subject: str) -> list[str]:
         f"{counted['per_event']:.3g}" if counted else "–",
         f"{memory['max']:.0f} MiB" if memory else "–",
         f"{batch:,.0f}" if batch else "–",
+        f"{min(1.0, found['foreign_cpu_share']['max']):.0%}",
     ]
 
 

@@ -13,7 +13,7 @@ from benchmarks.programme import CASES, Findings, Plan, Programme
 from benchmarks.run import Stage
 from benchmarks.subjects import SubjectError
 
-from benchmarks import programme
+from benchmarks import cases, programme
 from workers.embedded import Servers
 
 TINY = Plan(
@@ -44,14 +44,20 @@ class Silent:
         """Say nothing."""
 
 
+@pytest.fixture(autouse=True)
+def short_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A past that is made soon: nobody measures here."""
+    monkeypatch.setattr(cases, "HISTORY_EVENTS", 200)
+
+
 @pytest.fixture
 def stage(servers: Servers, tmp_path: Path) -> Stage:
     """Few partitions, so that topics are made soon."""
     return Stage(servers, tmp_path, partitions=2, batch_records_max=500, settle_seconds=0.1)
 
 
-async def _found(stage: Stage, *cases: str, **changes: Any) -> Findings:
-    made = Programme(replace(TINY, cases=cases, **changes), stage, Silent())
+async def _found(stage: Stage, *asked: str, **changes: Any) -> Findings:
+    made = Programme(replace(TINY, cases=asked, **changes), stage, Silent())
     await made.run()
     return made.found
 
@@ -123,17 +129,20 @@ async def test_what_was_found_stays_when_a_later_run_is_void(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ):
     """A partial report is made of what was complete."""
+    seconds = iter([0.5])
 
-    async def fail(*_arguments: object, **_named: object) -> None:
+    async def start(*_arguments: object) -> float:
+        for one in seconds:
+            return one
         raise SubjectError("the subject ended by itself")
 
-    made = Programme(replace(TINY, cases=("hot", "start"), subjects=("worker",)), stage, Silent())
-    monkeypatch.setattr(programme, "start_seconds", fail)
+    monkeypatch.setattr(programme, "start_seconds", start)
+    made = Programme(replace(TINY, cases=("start",), starts=3), stage, Silent())
 
     with pytest.raises(SubjectError):
         await made.run()
 
-    assert made.found.cases.keys() == {"hot"}
+    assert made.found.starts == [0.5]
 
 
 async def test_books_that_lack_something_make_a_run_void(database_url: str):
