@@ -272,7 +272,7 @@ def main() -> int:
     finally:
         shutil.rmtree(home, ignore_errors=True)
     if found.anything:
-        _write(report.compose(found, about, os.cpu_count() or 1), options)
+        _write(report.compose(found, about), options)
     if found.ended is not None:
         print(found.ended, file=sys.stderr)
         return 1 if found.ended.startswith("VOID") else 130

@@ -10,7 +10,7 @@ from benchmarks.books import Effects, VoidError, connected, judge, look_before, 
 from benchmarks.cases import workload
 from benchmarks.growth import NoRoomError, Size, check_room
 from benchmarks.programme import CASES, Findings, Plan, Programme
-from benchmarks.run import Stage
+from benchmarks.run import Stage, Start
 from benchmarks.subjects import SubjectError
 
 from benchmarks import cases, programme
@@ -118,7 +118,7 @@ async def test_start_and_memory_are_those_of_the_worker_process(stage: Stage):
     found = await _found(stage, "start", "memory")
 
     assert len(found.starts) == 1
-    assert found.starts[0] > 0.1
+    assert found.starts[0].seconds > 0.1
     (run,) = found.cases["memory"]["worker"]
     assert run.events == 400
     if stage.servers.postgres_pid:  # else the worker is on this machine, but its servers are not
@@ -129,20 +129,20 @@ async def test_what_was_found_stays_when_a_later_run_is_void(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ):
     """A partial report is made of what was complete."""
-    seconds = iter([0.5])
+    starts = iter([Start(0.5, 0.0)])
 
-    async def start(*_arguments: object) -> float:
-        for one in seconds:
+    async def start(*_arguments: object) -> Start:
+        for one in starts:
             return one
         raise SubjectError("the subject ended by itself")
 
-    monkeypatch.setattr(programme, "start_seconds", start)
+    monkeypatch.setattr(programme, "start", start)
     made = Programme(replace(TINY, cases=("start",), starts=3), stage, Silent())
 
     with pytest.raises(SubjectError):
         await made.run()
 
-    assert made.found.starts == [0.5]
+    assert made.found.starts == [Start(0.5, 0.0)]
 
 
 async def test_books_that_lack_something_make_a_run_void(database_url: str):
