@@ -45,7 +45,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench",
         description="Measure this worker beside others, on servers of their own.",
-        epilog="cases: " + "; ".join(f"{name}: {told}" for name, told in ALL_CASES.items()),
+        epilog="\n".join(["cases:", *(f"  {name:12}{told}" for name, told in ALL_CASES.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--case",
@@ -271,7 +272,7 @@ def main() -> int:
     finally:
         shutil.rmtree(home, ignore_errors=True)
     if found.anything:
-        _write(report.compose(found, about, os.cpu_count() or 1), options)
+        _write(report.compose(found, about), options)
     if found.ended is not None:
         print(found.ended, file=sys.stderr)
         return 1 if found.ended.startswith("VOID") else 130

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -38,6 +38,7 @@ class Latency:
     max: float
     published_late_p99: float
     drained_seconds: float
+    foreign_share: float = 0.0
 
 
 async def latency(
@@ -61,19 +62,35 @@ async def latency(
         await warm_up(settings, work, processes, topic, database)
         await database.execute("CHECKPOINT")
         say(f"publishing {per_second:,} events a second")
-        begin = await topic.ends()
+        pids = stage.processes(processes)
+        begin, idle, begun = await topic.ends(), pids.cpu(), time.perf_counter()
         seen: dict[str, float] = {}
         watching = asyncio.create_task(_watch(settings, begin, seen, len(work.timed)))
         try:
             due, sent, ended = await _pace(settings, work.timed, per_second)
             await _until_all(watching, seen)
+            foreign = pids.cpu().since(idle).foreign_share(time.perf_counter() - begun)
         except TimeoutError:
             missing = len(work.timed) - len(seen)
             told = "\n".join(process.log_tail() for process in processes)
             raise VoidError(f"{missing} messages did not come out:\n{told}") from None
         finally:
             watching.cancel()
+    found = judged(due, sent, seen, per_second=per_second, ended=ended)
+    return replace(found, foreign_share=round(foreign, 4))
+
+
+def judged(
+    due: Mapping[str, float],
+    sent: Mapping[str, float],
+    seen: Mapping[str, float],
+    *,
+    per_second: int,
+    ended: float,
+) -> Latency:
+    """The figures of a run, from when each event was due, handed over and seen; `ended` is when the last was handed over."""
     taken = [(seen[id_] - due[id_]) * 1000 for id_ in due]
+    late = [(sent[id_] - due[id_]) * 1000 for id_ in due]
     return Latency(
         events=len(taken),
         per_second=per_second,
@@ -81,7 +98,7 @@ async def latency(
         p99=quantile(taken, 0.99),
         p99_9=quantile(taken, 0.999),
         max=quantile(taken, 1.0),
-        published_late_p99=quantile([(sent[id_] - due[id_]) * 1000 for id_ in due], 0.99),
+        published_late_p99=quantile(late, 0.99),
         drained_seconds=round(max(seen.values()) - ended, 3),
     )
 

@@ -50,6 +50,10 @@ class Cpu:
         """Spent by nobody of ours."""
         return max(0.0, self.machine - self.worker - self.postgres - self.kafka - self.benchmark)
 
+    def foreign_share(self, seconds: float) -> float:
+        """How much of the machine nobody of ours used, between two readings so far apart."""
+        return min(1.0, self.foreign / (seconds * (os.cpu_count() or 1)))
+
 
 @dataclass(frozen=True, slots=True)
 class Processes:

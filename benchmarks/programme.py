@@ -4,7 +4,6 @@ Subjects take turns: within each repeat every subject has one run of a case, and
 of the row, so that a machine that grows slower, or somebody who works on it for a while, is unfair to nobody.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +13,7 @@ from benchmarks.cases import CASES, CaseName, Workload, growth_workload, workloa
 from benchmarks.growth import Size
 from benchmarks.latency import Latency, latency
 from benchmarks.progress import Display
-from benchmarks.run import Measured, Stage, Written, copy_limit, measure, start_seconds
+from benchmarks.run import Measured, Stage, Start, Written, copy_limit, measure, start
 from benchmarks.subjects import Variant
 
 SUBJECTS = ("worker", "straightforward", "sql_function", "copy_limit")
@@ -95,7 +94,7 @@ class Findings:
     tried: dict[str, list[tuple[Variant, Measured]]] = field(default_factory=dict)
     chosen: dict[str, Variant] = field(default_factory=dict)
     latency: dict[str, dict[int, list[Latency]]] = field(default_factory=dict)
-    starts: list[float] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
     ledgers: dict[str, tuple[Size, int]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     ended: str | None = None
@@ -104,11 +103,6 @@ class Findings:
     def anything(self) -> bool:
         """Whether there is something to report."""
         return bool(self.cases or self.latency or self.starts)
-
-
-def foreign_share(run: Measured, processors: int) -> float:
-    """How much of the machine others used during a run."""
-    return run.cpu.foreign / (run.out_seconds * processors)
 
 
 class Programme:
@@ -151,10 +145,10 @@ class Programme:
         tried = self.found.tried.setdefault(subject, [])
 
         async def attempt(variant: Variant) -> None:
-            name, processors = f"tuning {subject}, {variant}", os.cpu_count() or 1
+            name = f"tuning {subject}, {variant}"
             runs = [await self._one(name, work, place, subject, variant)]
             while (
-                foreign_share(runs[-1], processors) > FOREIGN_SHARE_MAX
+                runs[-1].cpu.foreign_share(runs[-1].out_seconds) > FOREIGN_SHARE_MAX
                 and len(runs) < TUNING_ATTEMPTS_MAX
             ):
                 # Others worked meanwhile, and the choice would be theirs.
@@ -284,9 +278,9 @@ class Programme:
         place = await self._place(workload("uniform", 200, self._stage.partitions))
         for number in range(self._plan.starts):
             self._display.begin(f"start, run {number + 1}")
-            seconds = await start_seconds(self._stage, place)
-            self.found.starts.append(seconds)
-            self._display.end(f"ready after {seconds:.2f} s")
+            one = await start(self._stage, place)
+            self.found.starts.append(one)
+            self._display.end(f"ready after {one.seconds:.2f} s")
 
     async def _growth(self) -> None:
         """On ledgers of their own, which all runs share: they are too large to be copied."""

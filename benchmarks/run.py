@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
@@ -84,6 +84,19 @@ class Stage:
             batch_records_max=self.batch_records_max,
             stripe_webhook_secrets=WEBHOOK_SECRET,
         )
+
+    def processes(self, subjects: Sequence[Subject]) -> Processes:
+        """Whose processor time is counted."""
+        pids = tuple(subject.pid for subject in subjects)
+        return Processes(pids, self.servers.postgres_pid, self.servers.kafka_pid)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a worker."""
+
+    seconds: float
+    foreign_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +204,7 @@ async def measure(
                 await asyncio.sleep(stage.settle_seconds)
                 await database.execute("CHECKPOINT")
                 before, begin = await look_before(database, work), await topic.ends()
-                pids = Processes(
-                    tuple(process.pid for process in processes),
-                    stage.servers.postgres_pid,
-                    stage.servers.kafka_pid,
-                )
+                pids = stage.processes(processes)
                 batches_before = [len(process.batches()) for process in processes]
                 last_ids = work.last_ids(stage.partitions)
                 say("running")
@@ -250,21 +259,25 @@ async def _settled(database: asyncpg.Connection[asyncpg.Record]) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def start_seconds(stage: Stage, place: Place) -> float:
-    """Seconds from the start of a worker process until it says that it is ready, on a database in service."""
+async def start(stage: Stage, place: Place) -> Start:
+    """Start a worker on a database in service, and wait until it says that it is ready."""
     port = free_ports({"worker": None})["worker"]
     async with fresh(stage, place) as (settings, _):
         ported = settings.model_copy(update={"worker_port": port})
-        begun = time.perf_counter()
+        idle, begun = stage.processes(()).cpu(), time.perf_counter()
         async with started(stage, Workload("start", place.name), ported, "worker", Variant()) as (
             process,
         ):
+            pids = stage.processes((process,))
             while not await _is_ready(port):
                 process.check()
                 if time.perf_counter() - begun > READY_SECONDS:
                     raise VoidError(f"the worker did not become ready:\n{process.log_tail()}")
                 await asyncio.sleep(POLL_SECONDS)
-            return time.perf_counter() - begun
+            seconds, now = time.perf_counter() - begun, pids.cpu()
+    # Before it was started the benchmark stood in the worker's place.
+    spent = now.since(replace(idle, worker=0.0, benchmark=idle.worker))
+    return Start(seconds, spent.foreign_share(seconds))
 
 
 async def _is_ready(port: int) -> bool:
@@ -319,7 +332,7 @@ async def copy_limit(stage: Stage, place: Place, rows: Written) -> Measured:
         await database.execute("CHECKPOINT")
         connection = await connect(url, name="copy limit")
         try:
-            processes = Processes((), stage.servers.postgres_pid, stage.servers.kafka_pid)
+            processes = stage.processes(())
             made, idle = await cost(database), processes.cpu()
             begun, done = time.perf_counter(), 0
             for records in rows.batch_records:

@@ -1,17 +1,19 @@
 """Every case runs from end to end on real servers, and a run with wrong books has no figures."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.books import Effects, VoidError, same
+from benchmarks.books import Effects, VoidError, connected, judge, look_before, same
+from benchmarks.cases import workload
 from benchmarks.growth import NoRoomError, Size, check_room
 from benchmarks.programme import CASES, Findings, Plan, Programme
-from benchmarks.run import Stage
+from benchmarks.run import Stage, Start
 from benchmarks.subjects import SubjectError
 
-from benchmarks import programme
+from benchmarks import cases, programme
 from workers.embedded import Servers
 
 TINY = Plan(
@@ -42,14 +44,20 @@ class Silent:
         """Say nothing."""
 
 
+@pytest.fixture(autouse=True)
+def short_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A past that is made soon: nobody measures here."""
+    monkeypatch.setattr(cases, "HISTORY_EVENTS", 200)
+
+
 @pytest.fixture
 def stage(servers: Servers, tmp_path: Path) -> Stage:
     """Few partitions, so that topics are made soon."""
     return Stage(servers, tmp_path, partitions=2, batch_records_max=500, settle_seconds=0.1)
 
 
-async def _found(stage: Stage, *cases: str, **changes: Any) -> Findings:
-    made = Programme(replace(TINY, cases=cases, **changes), stage, Silent())
+async def _found(stage: Stage, *asked: str, **changes: Any) -> Findings:
+    made = Programme(replace(TINY, cases=asked, **changes), stage, Silent())
     await made.run()
     return made.found
 
@@ -110,7 +118,7 @@ async def test_start_and_memory_are_those_of_the_worker_process(stage: Stage):
     found = await _found(stage, "start", "memory")
 
     assert len(found.starts) == 1
-    assert found.starts[0] > 0.1
+    assert found.starts[0].seconds > 0.1
     (run,) = found.cases["memory"]["worker"]
     assert run.events == 400
     if stage.servers.postgres_pid:  # else the worker is on this machine, but its servers are not
@@ -121,17 +129,37 @@ async def test_what_was_found_stays_when_a_later_run_is_void(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ):
     """A partial report is made of what was complete."""
+    starts = iter([Start(0.5, 0.0)])
 
-    async def fail(*_arguments: object, **_named: object) -> None:
+    async def start(*_arguments: object) -> Start:
+        for one in starts:
+            return one
         raise SubjectError("the subject ended by itself")
 
-    made = Programme(replace(TINY, cases=("hot", "start"), subjects=("worker",)), stage, Silent())
-    monkeypatch.setattr(programme, "start_seconds", fail)
+    monkeypatch.setattr(programme, "start", start)
+    made = Programme(replace(TINY, cases=("start",), starts=3), stage, Silent())
 
     with pytest.raises(SubjectError):
         await made.run()
 
-    assert made.found.cases.keys() == {"hot"}
+    assert made.found.starts == [Start(0.5, 0.0)]
+
+
+async def test_books_that_lack_something_make_a_run_void(database_url: str):
+    """What arithmetic says must be there, and what was told must be in the journal."""
+    work = workload("hot", 200, 2)
+    async with connected(database_url) as database:
+        before = await look_before(database, work)
+
+        with pytest.raises(VoidError) as void:
+            await judge(database, work, before, Counter({("user:user-00000", 1): 2}))
+
+    told = str(void.value)
+    assert "commands: 0, must be 200" in told
+    assert "entries: 0, must be 200" in told
+    assert "credits: 0, must be -400" in told
+    assert "credit.changed tells 1 versions, the journal has 0" in told
+    assert "credit.changed repeats 1 versions" in told
 
 
 def test_books_that_differ_make_a_run_void():

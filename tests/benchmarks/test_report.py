@@ -8,17 +8,23 @@ from typing import Any
 
 import pytest
 from benchmarks.growth import Size
-from benchmarks.latency import Latency, quantile
+from benchmarks.latency import Latency, judged, quantile
 from benchmarks.machine import Cpu
 from benchmarks.plots import Bar, bars
 from benchmarks.programme import Findings
-from benchmarks.run import Measured
+from benchmarks.run import Measured, Start
 from benchmarks.subjects import Variant
 
 from benchmarks import __main__ as command
 from benchmarks import report
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(autouse=True)
+def two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine of these figures."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
 
 
 def _measured(seconds: float, *, foreign: float = 0.0, memory: float = 90.0) -> Measured:
@@ -40,7 +46,7 @@ def _found(worker: list[Measured]) -> Findings:
         tried={"straightforward": [(Variant(), _measured(2.0))]},
         chosen={"straightforward": Variant()},
         latency={"worker": {rate: [Latency(600, rate, 9.0, 28.0, 50.0, 70.0, 1.0, 0.0)] for rate in (100, 1000)}},
-        starts=[0.9, 1.1, 3.0],
+        starts=[Start(0.9, 0.0), Start(1.1, 0.0), Start(3.0, 0.0)],
         ledgers={"growth_small": (Size(10, 100), 10**6), "growth_large": (Size(100, 1000), 10**7)},
         absent={"uniform.sql_function": "it was not asked for"},
     )  # fmt: skip
@@ -72,7 +78,7 @@ def _report(worker: list[Measured] | None = None, **changes: Any) -> dict[str, A
     found = _found(worker or [_measured(0.4)])
     for name, value in changes.items():
         setattr(found, name, value)
-    return report.compose(found, about, 2)
+    return report.compose(found, about)
 
 
 def test_figures_are_events_over_the_whole_way_with_least_middle_and_greatest():
@@ -87,7 +93,12 @@ def test_the_ratio_is_of_medians_and_its_range_of_extremes():
     """The least ratio is of the worker's slowest run and the opponent's fastest."""
     made = _report([_measured(0.5), _measured(1.0)])
 
-    assert made["ratios"]["uniform"] == {"median": 4.0, "min": 2.0, "max": 8.0}
+    assert made["ratios"]["uniform"] == {
+        "median": 4.0,
+        "min": 2.0,
+        "max": 8.0,
+        "processor_time": 1.0,
+    }
 
 
 def test_every_target_is_met_or_not_met_or_not_measured():
@@ -115,8 +126,10 @@ def test_runs_beside_others_work_are_named():
     """A figure that was taken on a busy machine says so."""
     calm, busy = _report([_measured(1.0)]), _report([_measured(1.0, foreign=1.0)])
 
-    assert calm["disturbed"] == []
-    assert busy["disturbed"] == ["uniform worker: up to 50%"]
+    assert calm["disturbed"] == {}
+    assert busy["disturbed"] == {"uniform worker": 0.5}
+    assert "| 1.1 s | met |" in report.markdown(calm)
+    assert "| 1.1 s | met † |" in report.markdown(busy)
     assert "not to be trusted" in report.document(busy)
     assert "Others used the machine" in report.plain(busy)
 
@@ -175,6 +188,14 @@ def test_bars_are_as_long_as_their_figures():
     size = root.get("viewBox", "").split()
     assert all(float(one.get("y", "0")) + 15 <= float(size[3]) for one in drawn)
     assert all(float(one.get("x", "0")) + width <= float(size[2]) for one, width in zip(drawn, widths, strict=True))  # fmt: skip
+
+
+def test_latency_counts_from_when_an_event_was_due():
+    """Not from when it was sent: who stalls delays what is sent next, and is charged for that, publishers included."""
+    found = judged({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.5}, {"a": 1.1, "b": 2.6}, per_second=1, ended=2.5)  # fmt: skip
+
+    assert (found.p50, found.max, found.published_late_p99) == (100, 600, 500)
+    assert found.drained_seconds == 0.1
 
 
 def test_a_quantile_is_a_value_that_was_measured():
