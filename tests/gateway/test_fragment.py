@@ -5,6 +5,7 @@ import hashlib
 import re
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -94,6 +95,18 @@ async def test_a_signed_link_opens_one_page_for_a_while(ada: httpx.AsyncClient, 
     ):
         assert (await ada.get(wrong)).status_code == 401, wrong
     assert (await ada.get(link(tools.reader, "user:eve", soon))).status_code == 404
+
+
+async def test_the_link_of_the_guide_opens_the_page(ada: httpx.AsyncClient, tools: Any) -> None:
+    """What docs/console.md shows is what a product's server can do as it stands."""
+    guide = (Path(__file__).parents[2] / "docs" / "console.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(shown, names)
+    del ada.headers["authorization"]
+    address = names["credits_link"](str(ada.base_url).rstrip("/"), tools.reader, "user:ada")
+    response = await ada.get(address)
+    assert (response.status_code, "to spend" in response.text) == (200, True)
 
 
 async def test_only_named_origins_frame_it_and_only_its_own_style_applies(
