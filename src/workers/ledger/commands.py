@@ -120,6 +120,14 @@ class AdjustCredits:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairAccount:
+    """An audit found something wrong of an account, and it is put right: `reason` says by whom, why and what."""
+
+    account: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TransferCredits:
     """Credits from one owner to another, with nothing booked."""
 
@@ -197,13 +205,14 @@ class PeriodLine:
 @dataclass(frozen=True, slots=True)
 class StartPeriods:
     """A paid invoice: each of its lines starts a period of a subscription (R4, R14). `paid` is all that the invoice
-    cost, tax and other lines included, in the currency's smallest unit.
+    cost, tax and other lines included, in the currency's smallest unit. Without an `invoice_id` it is an audit that says
+    so: the invoice itself, when it comes, finds its periods started.
     """
 
     account: str
     subscription_id: str
     lines: tuple[PeriodLine, ...]
-    invoice_id: str
+    invoice_id: str | None
     payment_id: str | None = None
     paid: int | None = None
     references: dict[str, str] = field(default_factory=dict)
@@ -383,6 +392,7 @@ Action: TypeAlias = (
     | LinkIdentities
     | GrantCredits
     | AdjustCredits
+    | RepairAccount
     | TransferCredits
     | MergeAccounts
     | ImportCredits

@@ -387,7 +387,14 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
     )
     await _copy(connection, "purchases", PURCHASE_COLUMNS, fresh)
     old = [
-        (purchase.purchase_key, purchase.clawed, _parts(purchase))
+        (
+            purchase.purchase_key,
+            purchase.clawed,
+            _parts(purchase),
+            purchase.invoice_id,
+            purchase.payment_id,
+            purchase.paid,
+        )
         for purchase in purchases
         if purchase.changed and not purchase.fresh
     ]
@@ -421,6 +428,9 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
+            allocation.invoice_id,
+            allocation.payment_id,
+            allocation.paid,
         )
         for allocation in allocations
         if allocation.changed and not allocation.fresh
