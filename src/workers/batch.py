@@ -89,7 +89,7 @@ class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
 @dataclass(slots=True)
 class Report:
     """What became of a batch, for logs, metrics and whoever waits for a signal. `kinds` counts entries, `credits` adds up
-    what they changed of balances.
+    what they changed of balances, `taken` what of that they took.
     """
 
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
@@ -98,6 +98,7 @@ class Report:
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     credits: Counter[str] = field(default_factory=Counter)
+    taken: Counter[str] = field(default_factory=Counter)
     entries: int = 0
     published: int = 0
     linked: bool = False
@@ -111,6 +112,7 @@ class Report:
         self.ignored += other.ignored
         self.kinds += other.kinds
         self.credits.update(other.credits)  # not +=, which forgets what is negative
+        self.taken += other.taken
         self.entries += other.entries
         self.published += other.published
         self.linked = self.linked or other.linked
@@ -671,8 +673,10 @@ def _published_cause(command: Command) -> dict[str, str]:
 def _count_entries(report: Report, execution: Execution) -> None:
     report.entries = len(execution.entries)
     for entry in execution.entries:
+        change = entry.subscription_delta + entry.purchased_delta
         report.kinds[entry.kind] += 1
-        report.credits[entry.kind] += entry.subscription_delta + entry.purchased_delta
+        report.credits[entry.kind] += change
+        report.taken[entry.kind] += max(0, -change)
 
 
 def _report(batch: _Sorted, execution: Execution, *, published: int, linked: bool) -> Report:

@@ -22,7 +22,7 @@ from workers import telemetry
 from workers.batch import Ledger, Report
 from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
-from workers.consumer import Consumer, observe
+from workers.consumer import Consumer, observe, observe_entries
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
 from workers.patrol import run_patrol
@@ -98,7 +98,7 @@ class Worker:
         await self._consumer.start()
         runs = {
             "relay": self._relay.run(),
-            "clock": run_clock(self._ledger, self._applied),
+            "clock": run_clock(self._ledger, self._settled),
             "patrol": run_patrol(
                 self._pool, lambda: self._catalogue_file.catalogue.alerts, self._applied
             ),
@@ -145,6 +145,10 @@ class Worker:
         log.critical("worker_fault", exc_info=error)
         if not self._faulty.done():
             self._faulty.set_exception(error)
+
+    def _settled(self, report: Report) -> None:
+        observe_entries(report)
+        self._applied(report)
 
     def _applied(self, report: Report) -> None:
         if report.published:
@@ -211,6 +215,7 @@ class Worker:
             topics = self._consumer.consumed_topics()
             self._consumer.observe_lag()
             telemetry.POOL_IN_USE.set(self._pool.get_size() - self._pool.get_idle_size())
+            telemetry.POOL_SIZE.set(self._pool.get_max_size())
             try:
                 await self._pool.execute(SQL["beat"], self._id, os.getpid(), topics, timeout=5)
             except Exception as error:

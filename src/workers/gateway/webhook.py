@@ -17,7 +17,7 @@ from workers.gateway.connections import Away, Broker
 from workers.gateway.problems import Problem
 from workers.settings import Settings
 from workers.sources.signature import BadSignature, verify
-from workers.telemetry import WEBHOOKS
+from workers.telemetry import WEBHOOK_SECONDS, WEBHOOKS
 
 TOPIC = "stripe.webhook"
 SIGNATURE_HEADER = "stripe-signature"
@@ -59,7 +59,7 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
         openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_SIGNATURE]},
     )
     async def accept(request: Request) -> dict[str, bool]:
-        status = 500
+        status, started = 500, time.perf_counter()
         try:
             await _forward(request, settings, broker)
             status = 200
@@ -68,6 +68,7 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
             raise
         finally:
             WEBHOOKS.labels(status=str(status)).inc()
+            WEBHOOK_SECONDS.observe(time.perf_counter() - started)
         return {"received": True}
 
     return router
