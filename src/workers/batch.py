@@ -20,7 +20,7 @@ import asyncpg
 import orjson
 import structlog
 
-from workers import telemetry
+from workers import telemetry, tracing
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, CommandKey, Link, MergeAccounts, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
@@ -237,6 +237,10 @@ class Ledger:
         return Reply(told, account, replayed=decision.transaction_id is None)
 
     async def _decide_one(self, understood: Understood) -> Decision:
+        with tracing.applying():
+            return await self._decide_alone(understood)
+
+    async def _decide_alone(self, understood: Understood) -> Decision:
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
@@ -359,18 +363,19 @@ class Ledger:
         the message that was refused, and what is claimed instead is innocent.
         """
         started = time.perf_counter()
-        async with (
-            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
-            connection.transaction(),
-        ):
-            claimed[:] = await claim_parked(connection, limit)
-            if not claimed:
-                return None
-            readings = [
-                (work, refusals.get(work.parked_id) or self._read(work, sources))
-                for work in claimed
-            ]
-            report = await self._apply_in(connection, readings, sources)
+        with tracing.applying():
+            async with (
+                self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+                connection.transaction(),
+            ):
+                claimed[:] = await claim_parked(connection, limit)
+                if not claimed:
+                    return None
+                readings = [
+                    (work, refusals.get(work.parked_id) or self._read(work, sources))
+                    for work in claimed
+                ]
+                report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -378,11 +383,12 @@ class Ledger:
         self, readings: Sequence[tuple[Work, Reading]], sources: Sources
     ) -> Report:
         started = time.perf_counter()
-        async with (
-            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
-            connection.transaction(),
-        ):
-            report = await self._apply_in(connection, readings, sources)
+        with tracing.applying():
+            async with (
+                self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+                connection.transaction(),
+            ):
+                report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -458,6 +464,8 @@ class Ledger:
             raise OwnersChanged
         links, disagreements = _fresh_links(execution, known, answers)
         publications = await record_execution(connection, execution, links)
+        tracing.mark("write")
+        tracing.decided(execution)
         publications += self._rejections(execution)
         publications += self._alerts([*execution.alerts, *disagreements], execution)
         return _Decided(execution, publications, linked=bool(links))
@@ -487,7 +495,10 @@ class Ledger:
             keys = {command.cause.command_key for command in commands}
             decided = await find_decided(connection, keys)
         state, now = await load(connection, reach_of(commands, catalogue, decided))
-        return execute(state, commands, now=now, catalogue=catalogue, ids=self._ids)
+        tracing.mark("load")
+        execution = execute(state, commands, now=now, catalogue=catalogue, ids=self._ids)
+        tracing.mark("decide")
+        return execution
 
     # -- what is told -------------------------------------------------------------------------------------------
 
@@ -499,6 +510,7 @@ class Ledger:
                 id_=decision.transaction_id,
                 now=execution.now,
                 trace_id=decision.command.cause.trace_id,
+                sampled=decision.command.cause.sampled,
             )
             for decision in execution.decisions
             if isinstance(decision.outcome, Rejected) and decision.transaction_id is not None

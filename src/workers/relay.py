@@ -23,7 +23,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
-from workers import telemetry
+from workers import telemetry, tracing
 from workers.messages.outbound import (
     BALANCE,
     CHANGED,
@@ -167,6 +167,7 @@ class Relay:
         )
         if not rows:
             return 0
+        started = tracing.now()
         async with asyncio.timeout(DELIVERY_SECONDS):
             failed = await self._deliver(producer, rows, self._message)
             newest = {
@@ -177,6 +178,7 @@ class Relay:
             failed |= await self._deliver(producer, newest.values(), self._balance)
         done = [row for row in rows if row["aggregateid"] not in failed]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
+        tracing.published(done, started)
         published = Counter(row["aggregatetype"] for row in done)
         published[BALANCE] = len(newest.keys() - failed.keys())
         for topic, count in published.items():

@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     worker_port: Annotated[int | None, Field(ge=0, le=65535)] = None
     read_tokens: Secrets
     admin_tokens: Secrets
+    traces_file: Path | None = None
     log_format: Literal["json", "console"] = "json"
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"

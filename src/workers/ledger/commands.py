@@ -41,7 +41,9 @@ class CommandKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Where a command comes from; an entry keeps all of it (R9)."""
+    """Where a command comes from; an entry keeps all of it (R9), but for the span `parent_id` of the trace that caused it and
+    whether the trace is `sampled`: those go on with what is published.
+    """
 
     source: str
     type: str
@@ -52,6 +54,8 @@ class Cause:
     partition: int | None = None
     offset: int | None = None
     trace_id: str | None = None
+    parent_id: str | None = None
+    sampled: bool = True
 
     def published(self, references: Mapping[str, str]) -> dict[str, str]:
         """The cause as entries keep it and messages tell it, with the business ids that the action names."""

@@ -61,9 +61,15 @@ async def record_execution(
 ) -> list[Publication]:
     """Write the fold's effects: state, journal and memory. Returns what the journal has to tell, unsent."""
     publications, entries = [], []
+    unsampled = {
+        decision.transaction_id
+        for decision in execution.decisions
+        if not decision.command.cause.sampled
+    }
     for entry in execution.entries:
         lots = changed_lots(entry)
-        publications.append(changed(entry, lots))
+        sampled = entry.transaction_id not in unsampled
+        publications.append(changed(entry, lots, sampled=sampled))
         entries.append(_entry_row(entry, lots))
     await _copy(connection, "entries", ENTRY_COLUMNS, entries)
     commands = [
