@@ -515,8 +515,9 @@ async def test_two_operators_at_once_repair_once(books: Books) -> None:
     await books.spoil("UPDATE accounts SET purchased = purchased + 7 WHERE account_id = 'user:ada'")
     before = len(await books.entries(ADA))
 
-    await asyncio.gather(*(books.repaired() for _ in range(3)))
+    done = await asyncio.gather(*(books.repaired() for _ in range(3)))
 
+    assert {proof.failed for one in done for proof in one.proofs} == {None}
     assert len(await books.entries(ADA)) == before + 1
     assert by_name(await books.audited()) == {}
 
