@@ -21,7 +21,7 @@ import asyncpg
 import orjson
 import structlog
 
-from workers import telemetry
+from workers import telemetry, tracing
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, CommandKey, Link, MergeAccounts, Settle
 from workers.ledger.execute import Decision, Execution, execute, references_of
@@ -90,7 +90,7 @@ class TooManyRefused(Exception):  # noqa: N818 - a verdict on ourselves
 @dataclass(slots=True)
 class Report:
     """What became of a batch, for logs, metrics and whoever waits for a signal. `kinds` counts entries, `credits` adds up
-    what they changed of balances.
+    what they changed of balances, `taken` what of that they took.
     """
 
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
@@ -99,6 +99,7 @@ class Report:
     ignored: Counter[tuple[str, str]] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     credits: Counter[str] = field(default_factory=Counter)
+    taken: Counter[str] = field(default_factory=Counter)
     entries: int = 0
     published: int = 0
     linked: bool = False
@@ -112,6 +113,7 @@ class Report:
         self.ignored += other.ignored
         self.kinds += other.kinds
         self.credits.update(other.credits)  # not +=, which forgets what is negative
+        self.taken += other.taken
         self.entries += other.entries
         self.published += other.published
         self.linked = self.linked or other.linked
@@ -236,6 +238,10 @@ class Ledger:
         return Reply(told, account, replayed=decision.transaction_id is None)
 
     async def _decide_one(self, understood: Understood) -> Decision:
+        with tracing.applying():
+            return await self._decide_alone(understood)
+
+    async def _decide_alone(self, understood: Understood) -> Decision:
         async with (
             self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
             connection.transaction(),
@@ -358,18 +364,19 @@ class Ledger:
         the message that was refused, and what is claimed instead is innocent.
         """
         started = time.perf_counter()
-        async with (
-            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
-            connection.transaction(),
-        ):
-            claimed[:] = await claim_parked(connection, limit)
-            if not claimed:
-                return None
-            readings = [
-                (work, refusals.get(work.parked_id) or self._read(work, sources))
-                for work in claimed
-            ]
-            report = await self._apply_in(connection, readings, sources)
+        with tracing.applying():
+            async with (
+                self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+                connection.transaction(),
+            ):
+                claimed[:] = await claim_parked(connection, limit)
+                if not claimed:
+                    return None
+                readings = [
+                    (work, refusals.get(work.parked_id) or self._read(work, sources))
+                    for work in claimed
+                ]
+                report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -377,11 +384,12 @@ class Ledger:
         self, readings: Sequence[tuple[Work, Reading]], sources: Sources
     ) -> Report:
         started = time.perf_counter()
-        async with (
-            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
-            connection.transaction(),
-        ):
-            report = await self._apply_in(connection, readings, sources)
+        with tracing.applying():
+            async with (
+                self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+                connection.transaction(),
+            ):
+                report = await self._apply_in(connection, readings, sources)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -457,6 +465,8 @@ class Ledger:
             raise OwnersChanged
         links, disagreements = _fresh_links(execution, known, answers)
         publications = await record_execution(connection, execution, links)
+        tracing.mark("write")
+        tracing.decided(execution)
         publications += self._rejections(execution)
         publications += self._alerts([*execution.alerts, *disagreements], execution)
         return _Decided(execution, publications, linked=bool(links))
@@ -489,12 +499,16 @@ class Ledger:
         # Decided twice or once, a batch draws the same ids.
         ids, again = tee(self._ids)
         state, now = await load(connection, reach)
+        tracing.mark("load")
         try:
-            return execute(state, commands, now=now, catalogue=catalogue, ids=ids)
+            execution = execute(state, commands, now=now, catalogue=catalogue, ids=ids)
         except LotsNotLoaded as error:
             log.info("lots_loaded_anew", account=str(error))
-        state, now = await load(connection, reach, all_lots=True)
-        return execute(state, commands, now=now, catalogue=catalogue, ids=again)
+            state, now = await load(connection, reach, all_lots=True)
+            tracing.mark("load")
+            execution = execute(state, commands, now=now, catalogue=catalogue, ids=again)
+        tracing.mark("decide")
+        return execution
 
     # -- what is told -------------------------------------------------------------------------------------------
 
@@ -506,6 +520,7 @@ class Ledger:
                 id_=decision.transaction_id,
                 now=execution.now,
                 trace_id=decision.command.cause.trace_id,
+                sampled=decision.command.cause.sampled,
             )
             for decision in execution.decisions
             if isinstance(decision.outcome, Rejected) and decision.transaction_id is not None
@@ -680,8 +695,10 @@ def _published_cause(command: Command) -> dict[str, str]:
 def _count_entries(report: Report, execution: Execution) -> None:
     report.entries = len(execution.entries)
     for entry in execution.entries:
+        change = entry.subscription_delta + entry.purchased_delta
         report.kinds[entry.kind] += 1
-        report.credits[entry.kind] += entry.subscription_delta + entry.purchased_delta
+        report.credits[entry.kind] += change
+        report.taken[entry.kind] += max(0, -change)
 
 
 def _report(batch: _Sorted, execution: Execution, *, published: int, linked: bool) -> Report:

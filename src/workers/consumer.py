@@ -409,6 +409,7 @@ def observe(report: Report) -> None:
     """Count what became of records; each outcome increments exactly one counter (R11)."""
     for (topic, outcome), count in report.outcomes.items():
         telemetry.RECORDS.labels(topic=topic, outcome=outcome).inc(count)
+    observe_entries(report)
     for reason, count in report.rejections.items():
         telemetry.REJECTIONS.labels(reason=reason).inc(count)
     for (topic, reason), count in report.dead.items():
@@ -416,6 +417,15 @@ def observe(report: Report) -> None:
     for (topic, type_), count in report.ignored.items():
         for _ in range(count):
             telemetry.count_ignored(topic, type_)
+
+
+def observe_entries(report: Report) -> None:
+    """Count the entries of a transaction, and the credits that they moved."""
+    for kind, count in report.kinds.items():
+        telemetry.ENTRIES.labels(kind=kind).inc(count)
+        taken = report.taken[kind]
+        telemetry.CREDITS_OUT.labels(kind=kind).inc(taken)
+        telemetry.CREDITS_IN.labels(kind=kind).inc(report.credits[kind] + taken)
 
 
 async def _keep_raw(batch: Sequence[ConsumerRecord[Any, Any]]) -> KafkaMessage:

@@ -44,7 +44,7 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from workers import telemetry
+from workers import telemetry, tracing
 from workers.messages.outbound import (
     BALANCE,
     CHANGED,
@@ -257,6 +257,7 @@ class Relay:
         )
         if not rows:
             return 0
+        started = tracing.now()
         errors: list[BaseException] = []
         sent = await self._deliver(_Delivery(producer, errors), rows, self._message)
         newest = {row["aggregateid"]: row for row in sent if row["type"] == CHANGED}
@@ -264,6 +265,7 @@ class Relay:
         behind = newest.keys() - {row["aggregateid"] for row in told}
         done = [row for row in sent if row["type"] != CHANGED or row["aggregateid"] not in behind]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
+        tracing.published(done, started)
         published = Counter(row["aggregatetype"] for row in done)
         published[BALANCE] = len(told)
         for topic, count in published.items():

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     admin_tokens: Secrets
     session_key: Secrets
     frame_ancestors: Annotated[str, Field(pattern=r"^[A-Za-z0-9 :/.*\[\]-]*$")] = ""
+    traces_file: Path | None = None
     log_format: Literal["json", "console"] = "json"
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"

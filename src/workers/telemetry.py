@@ -84,6 +84,24 @@ RETRIES = Counter(
     ["cause"],
     registry=REGISTRY,
 )
+ENTRIES = Counter(
+    "credits_entries_total",
+    "Entries written to the journal, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
+CREDITS_IN = Counter(
+    "credits_added_total",
+    "Credits that entries added to balances, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
+CREDITS_OUT = Counter(
+    "credits_taken_total",
+    "Credits that entries took from balances, by kind.",
+    ["kind"],
+    registry=REGISTRY,
+)
 PUBLISHED = Counter(
     "credits_published_total",
     "Messages published from the outbox and acknowledged by the broker.",
@@ -107,6 +125,12 @@ WEBHOOKS = Counter(
     ["status"],
     registry=REGISTRY,
 )
+WEBHOOK_SECONDS = Histogram(
+    "credits_webhook_seconds",
+    "From a webhook's first byte to the answer: Stripe waits for Kafka's acknowledgement.",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+    registry=REGISTRY,
+)
 CONSUMER_LAG = Gauge(
     "credits_consumer_lag",
     "Records on the topic that this worker's partitions have not consumed yet.",
@@ -124,6 +148,27 @@ OUTBOX_HELD_BACK = Gauge(
 PARKED_RECORDS = Gauge(
     "credits_parked_records", "Messages that wait for something they need.", registry=REGISTRY
 )
+OUTBOX_AGE_SECONDS = Gauge(
+    "credits_outbox_age_seconds",
+    "Age of the oldest message that waits to be published; 0 when none does.",
+    registry=REGISTRY,
+)
+PARKED_AGE_SECONDS = Gauge(
+    "credits_parked_age_seconds",
+    "How long the oldest parked message has waited; 0 when none does.",
+    registry=REGISTRY,
+)
+OVERDUE = Gauge(
+    "credits_overdue",
+    "Holds and lots that are half a minute past their time and not ended: no clock runs. At most 1000 are counted.",
+    registry=REGISTRY,
+)
+BALANCE = Gauge(
+    "credits_balance", "Credits that all accounts have, by pool.", ["pool"], registry=REGISTRY
+)
+HELD = Gauge("credits_held", "Credits that open holds reserve.", registry=REGISTRY)
+DEBT = Gauge("credits_debt", "Credits that accounts owe.", registry=REGISTRY)
+ACCOUNTS = Gauge("credits_accounts", "Accounts, by state.", ["state"], registry=REGISTRY)
 DEAD_LETTERS_UNSETTLED = Gauge(
     "credits_dead_letters_unsettled",
     "Dead letters neither replayed nor discarded.",
@@ -135,6 +180,9 @@ WORKERS_LIVE = Gauge(
 )
 POOL_IN_USE = Gauge(
     "credits_pool_in_use", "Database connections of this process in use.", registry=REGISTRY
+)
+POOL_SIZE = Gauge(
+    "credits_pool_size", "Database connections that this process may open.", registry=REGISTRY
 )
 STALLED = Gauge(
     "credits_stalled", "1 while consumption is paused for the database, else 0.", registry=REGISTRY

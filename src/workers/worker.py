@@ -23,7 +23,7 @@ from workers import telemetry
 from workers.batch import Ledger, Report, TooManyRefused
 from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
-from workers.consumer import Consumer, observe
+from workers.consumer import Consumer, observe, observe_entries
 from workers.intake import run_intake
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
@@ -110,7 +110,7 @@ class Worker:
             self._hear(server)
         runs = {
             "relay": self._relay.run(),
-            "clock": run_clock(self._ledger, self._applied),
+            "clock": run_clock(self._ledger, self._settled),
             "patrol": run_patrol(
                 self._pool, lambda: self._catalogue_file.catalogue.alerts, self._applied
             ),
@@ -197,6 +197,10 @@ class Worker:
         if not self._faulty.done():
             self._faulty.set_exception(error)
 
+    def _settled(self, report: Report) -> None:
+        observe_entries(report)
+        self._applied(report)
+
     def _applied(self, report: Report) -> None:
         if report.published:
             self._relay.wake()
@@ -268,6 +272,7 @@ class Worker:
             topics = self._consumer.consumed_topics() if self._hears("kafka") else []
             self._consumer.observe_lag()
             telemetry.POOL_IN_USE.set(self._pool.get_size() - self._pool.get_idle_size())
+            telemetry.POOL_SIZE.set(self._pool.get_max_size())
             try:
                 await self._pool.execute(SQL["beat"], self._id, os.getpid(), topics, timeout=5)
                 if clock() >= trusted_until:

@@ -4,8 +4,9 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import httpx
@@ -184,7 +185,16 @@ async def test_metrics_tell_what_the_database_knows(
     )
     await connection.execute(
         "INSERT INTO credits.outbox (id, aggregatetype, aggregateid, type, payload, headers, shard) "
-        "SELECT gen_random_uuid(), 'a', 'b', 'c', '', '{}', 0 FROM generate_series(1, 5)"
+        "SELECT CASE n WHEN 1 THEN $1 ELSE gen_random_uuid() END, 'a', 'b', 'c', '', '{}', 0 FROM generate_series(1, 5) n "
+        "ORDER BY n",
+        UUID(int=((int(time.time()) - 300) * 1000 << 80) | (7 << 76) | (2 << 62)),
+    )
+    await connection.execute(
+        "ALTER TABLE credits.accounts DISABLE TRIGGER USER; "
+        "INSERT INTO credits.accounts (account_id, subscription, purchased, held, debt, version) "
+        "VALUES ('user:a', 5, 20, 3, 0, 1), ('user:b', 0, 0, 0, 9, 1); "
+        "INSERT INTO credits.generations (generation_id, account_id, state, held, deadline_at, recorded_at) "
+        "VALUES ('g', 'user:a', 'held', 3, now() - interval '1 minute', now())"
     )
     await connection.close()
     del ledger.headers["authorization"]
@@ -197,8 +207,18 @@ async def test_metrics_tell_what_the_database_knows(
         "credits_parked_records 1.0",
         "credits_workers_live 1.0",
         'credits_dead_letters_unsettled{reason="malformed"} 2.0',
+        'credits_balance{pool="subscription"} 5.0',
+        'credits_balance{pool="purchased"} 20.0',
+        "credits_held 3.0",
+        "credits_debt 9.0",
+        'credits_accounts{state="open"} 2.0',
+        "credits_overdue 1.0",
+        "credits_pool_size 10.0",
     ):
         assert line in lines
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert 295 < float(values["credits_outbox_age_seconds"]) < 330
+    assert 0 <= float(values["credits_parked_age_seconds"]) < 30
 
 
 async def test_every_error_is_a_problem_document(ledger: httpx.AsyncClient) -> None:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from workers.messages.envelope import EARLIEST, LATEST, Event, identify, read_event
+from workers.messages.envelope import EARLIEST, LATEST, Event, Trace, identify, read_event
 from workers.messages.inbound import CONTRACT_TYPES
 from workers.messages.record import Record, Refused
 
@@ -53,7 +53,7 @@ def test_both_modes_say_the_same() -> None:
         id="e1",
         key="e1",
         occurred_at=datetime(2026, 11, 20, 8, tzinfo=UTC),
-        trace_id=TRACE,
+        trace=Trace(TRACE, "b7ad6b7169203331", sampled=True),
         data=DATA,
     )
     assert expected == binary
@@ -257,7 +257,7 @@ def test_another_version_of_a_known_type_is_kept_for_later(
 def test_a_broken_trace_is_no_trace(traceparent: str) -> None:
     """Tracing never refuses an event."""
     for one in both(traceparent=traceparent):
-        assert read(one).trace_id is None
+        assert read(one).trace is None
 
 
 def test_a_trace_may_stand_in_a_plain_header() -> None:
@@ -266,7 +266,7 @@ def test_a_trace_may_stand_in_a_plain_header() -> None:
         record(DATA, {**BINARY, "traceparent": TRACEPARENT}),
         record(ATTRIBUTES, {**STRUCTURED, "traceparent": TRACEPARENT}),
     ):
-        assert read(one).trace_id == TRACE
+        assert (read(one).trace or Trace("", "", sampled=False)).trace_id == TRACE
 
 
 # -- telling whose a broken record is ------------------------------------------------------------------------------

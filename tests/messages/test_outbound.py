@@ -164,6 +164,8 @@ def test_a_change_is_one_event_however_often_it_is_published() -> None:
     assert publication.shard == shard_of("user:ann")
     assert headers["ce_time"] == "2026-11-21T10:00:00.012000Z"
     assert headers["traceparent"] == f"00-{TRACE}-{ID.hex[-16:]}-01"
+    unsampled = json.loads(changed(entry(), [], sampled=False).headers)
+    assert unsampled["traceparent"] == f"00-{TRACE}-{ID.hex[-16:]}-00"
 
 
 def test_a_change_without_a_trace_has_no_traceparent() -> None:

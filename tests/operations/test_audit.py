@@ -693,6 +693,15 @@ A_COMMAND_WITHOUT_EFFECT = """
 INSERT INTO commands SELECT (jsonb_populate_record(c, jsonb_build_object('key', 'forged', 'transaction_id',
     gen_random_uuid()))).* FROM commands c WHERE key = 'eve-2'
 """
+A_NAMESAKE = """
+INSERT INTO identities (external_id, provider, owner, resolved_by, recorded_at)
+VALUES ('cus_yan', 'other', 'user:eve', 'tests', now())
+"""
+A_PERIOD_WITHOUT_CREDITS = """
+INSERT INTO subscriptions (subscription_id, account_id, plan, status, period_start, period_end, metadata, event_at, recorded_at)
+VALUES ('sub_ned', 'user:ned', 'pro_monthly', 'active', now() - interval '1 day', now() + interval '29 days',
+        '{"resolved_supabase_user_id": "ned"}', now() - interval '1 day', now() - interval '1 day')
+"""
 OUTBOX = (
     "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, headers, shard) VALUES "
 )
@@ -819,6 +828,21 @@ CORRUPTIONS = [
                "UPDATE dead_letters SET state = 'replaying' WHERE state = 'dead'", (None,)),
     Corruption("replays_are_parked", "a copy of a letter that is dead",
                "UPDATE dead_letters SET state = 'dead' WHERE state = 'replaying'", (None,)),
+    Corruption("customers_are_mapped", "nobody knows a customer any more",
+               "DELETE FROM identities WHERE external_id = 'cus_yan'", ("user:yan",), "customer cus_yan None / user:yan"),
+    Corruption("identities_are_one", "an id of somebody who was merged away",
+               "UPDATE identities SET owner = 'user:oli' WHERE external_id = 'oli'", ("user:oli",), "owner user:oli / user:ona"),
+    Corruption("identities_are_one", "one id, two people", A_NAMESAKE, (EVE, "user:yan"),
+               "identity stripe cus_yan person user:yan / that of other cus_yan, user:eve"),
+    Corruption("subscriptions_name_their_account", "metadata are lost",
+               "UPDATE subscriptions SET metadata = '{}' WHERE subscription_id = 'sub_yan'", ("user:yan",)),
+    Corruption("paid_periods_were_granted", "a paid period brought nothing", A_PERIOD_WITHOUT_CREDITS, (NED,), "pro_monthly"),
+    Corruption("nothing_is_overdue", "a lot that expired still lives",
+               "UPDATE lots SET expires_at = '2026-01-01Z' WHERE account_id = 'user:eve'", where="its 90 unheld credits"),
+    Corruption("nothing_is_overdue", "a hold outlived its deadline",
+               "UPDATE generations SET deadline_at = '2026-01-01Z' WHERE generation_id = 'h2'", (HAN,), "generation h2"),
+    Corruption("parked_messages_are_tried", "a message waits for ever",
+               "UPDATE parked SET next_attempt_at = 'infinity'", (None,), "infinity / within ten minutes"),
     Corruption(HASHES, "an old entry is edited",
                "UPDATE entries SET trace_id = 'forged' WHERE account_id = 'user:eve' AND version = 2", where="version 2"),
 ]  # fmt: skip
@@ -1127,7 +1151,7 @@ async def test_the_command_answers_in_json_with_everything(
     assert [one["name"] for one in broken] == [HASHES]
     assert broken[0]["sentence"].startswith("The hash of every entry")
     assert answer["findings"][0].keys() == {
-        "invariant", "account_id", "subject", "id", "field", "stored", "expected",
+        "invariant", "account_id", "subject", "id", "field", "stored", "expected", "acknowledged",
     }  # fmt: skip
     assert answer["accounts"] is None
     assert answer["as_of"].endswith("Z")

@@ -222,6 +222,7 @@ def test_the_cause_is_the_event_and_its_record() -> None:
         partition=3,
         offset=14,
         trace_id=trace,
+        parent_id="b7ad6b7169203331",
     )
     assert command(event("generation.completed", GENERATION)).cause.occurred_at == RECEIVED_AT
 

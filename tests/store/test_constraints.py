@@ -47,6 +47,10 @@ ENDED = "state = 'completed' AND taken > 0"
 
 # Constraint → the table, a row of it, and what of a copy of that row is changed.
 BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "acknowledgements_pkey": ("acknowledgements", "true", {}),
+    "acknowledgements_finding_check": ("acknowledgements", "true", {"finding": "\\x00"}),
+    "acknowledgements_operator_check": ("acknowledgements", "true", {"operator": ""}),
+    "acknowledgements_reason_check": ("acknowledgements", "true", {"reason": ""}),
     "accounts_pkey": ("accounts", ANN, {}),
     "accounts_state_check": ("accounts", ANN, {"state": "gone"}),
     "accounts_version_check": ("accounts", ANN, {"version": -1}),
@@ -160,6 +164,10 @@ async def books(ledger: Ledger, owner: asyncpg.Connection) -> asyncpg.Connection
     )
     await ledger.apply(life.second())
     await owner.execute(ROWS)
+    await owner.execute(
+        """INSERT INTO acknowledgements (finding, invariant, subject, subject_id, field, operator, reason)
+           VALUES (sha256('x'), 'the_chain_holds', 'version', '1', 'hash', 'olive', 'a drill')"""
+    )
     await owner.execute(
         """INSERT INTO parked (topic, partition, kafka_offset, record_hash, headers, detail, dead_letter_id,
                                parked_at, next_attempt_at, deadline_at)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workers.cli.reaching import keep_libraries_quiet, operator_settings
-from workers.cli.shared import OPTIONS, PROBLEMS, WELL, Json
+from workers.cli.shared import OPTIONS, PROBLEMS, WELL, Json, UnusableError
 from workers.cli.telling import tell
 from workers.up.reach import database_reached, kafka_reached
 
@@ -46,7 +46,7 @@ def worker(as_json: Json = False) -> int:
     # usual rate took a quarter of the worker's time. What is imported by now stays for good.
     gc.freeze()
     gc.set_threshold(100_000, 50, 1000)
-    return _serve(serve_worker, as_json=as_json)
+    return _serve(serve_worker, "worker", as_json=as_json)
 
 
 @commands.command()
@@ -54,7 +54,7 @@ def gateway(as_json: Json = False) -> int:
     """Take webhooks and answer questions over HTTP until told to stop."""
     from workers.gateway import serve_gateway
 
-    return _serve(serve_gateway, as_json=as_json)
+    return _serve(serve_gateway, "gateway", as_json=as_json)
 
 
 @commands.command()
@@ -91,16 +91,26 @@ def topics(as_json: Json = False) -> int:
     return PROBLEMS if unfit else WELL
 
 
-def _serve(serve: "Callable[[Settings], Coroutine[Any, Any, None]]", *, as_json: bool) -> int:
+def _serve(
+    serve: "Callable[[Settings], Coroutine[Any, Any, None]]", part: str, *, as_json: bool
+) -> int:
     """Run a part of the deployment until it is told to stop."""
     import uvloop
 
     from workers.settings import load_settings
     from workers.telemetry import configure_logging
+    from workers.tracing import TracingError, configure_tracing
     from workers.up.processes import end_with_supervisor
 
     settings = load_settings()
     configure_logging("json" if as_json else settings.log_format)
+    try:
+        end_tracing = configure_tracing(f"credit-workers-{part}", settings.traces_file)
+    except TracingError as error:
+        raise UnusableError(str(error)) from error
     end_with_supervisor()
-    uvloop.run(serve(settings))
+    try:
+        uvloop.run(serve(settings))
+    finally:
+        end_tracing()
     return WELL

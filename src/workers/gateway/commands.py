@@ -15,7 +15,7 @@ from workers.gateway.bodies import read_body
 from workers.gateway.connections import Late, within
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
-from workers.messages.envelope import ID, TRACEPARENT, read_json
+from workers.messages.envelope import ID, read_json, read_traceparent
 from workers.messages.record import Refused
 from workers.messages.schemas import EXAMPLES, INBOUND
 from workers.settings import Settings
@@ -128,9 +128,8 @@ def _understand(request: Request, body: bytes) -> Understood:
     type_, data = asked["type"], asked["data"]
     if not isinstance(type_, str):
         raise Refused("malformed", "type: must be a string")
-    trace = TRACEPARENT.match(request.headers.get("traceparent", ""))
-    now, trace_id = datetime.now(UTC), trace[1] if trace else None
-    return understand_command("http", type_, data, key=key, now=now, trace_id=trace_id)
+    trace, now = read_traceparent(request.headers.get("traceparent")), datetime.now(UTC)
+    return understand_command("http", type_, data, key=key, now=now, trace=trace)
 
 
 # -- what the API's description says of a command ----------------------------------------------------------------------

@@ -21,10 +21,18 @@ from workers.settings import INBOUND_TOPICS, Settings
 from workers.store import reads
 from workers.store.reads import Pool
 from workers.telemetry import (
+    ACCOUNTS,
+    BALANCE,
     DEAD_LETTERS_UNSETTLED,
+    DEBT,
+    HELD,
+    OUTBOX_AGE_SECONDS,
     OUTBOX_RECORDS,
+    OVERDUE,
+    PARKED_AGE_SECONDS,
     PARKED_RECORDS,
     POOL_IN_USE,
+    POOL_SIZE,
     REGISTRY,
     WORKERS_LIVE,
     describe_error,
@@ -36,6 +44,8 @@ log = structlog.get_logger()
 CHECK_SECONDS_MAX = 2.0
 # Anybody may ask, as often as they like: the servers are asked at most so often.
 FRESH_SECONDS = 1.0
+# Totals of all accounts read the whole table.
+TOTALS_SECONDS = 60.0
 
 
 class ReadinessView(BaseModel):
@@ -123,6 +133,7 @@ class Depths:
         self._database = database
         self._one_at_a_time = asyncio.Lock()
         self._fresh_until = 0.0
+        self._totals_until = 0.0
 
     async def measure(self) -> None:
         """Set them, unless that was done a moment ago."""
@@ -133,20 +144,54 @@ class Depths:
 
     async def _measure(self) -> None:
         DEAD_LETTERS_UNSETTLED.clear()
-        for gauge in (OUTBOX_RECORDS, PARKED_RECORDS, WORKERS_LIVE, POOL_IN_USE):
+        for gauge in (
+            OUTBOX_RECORDS,
+            OUTBOX_AGE_SECONDS,
+            PARKED_RECORDS,
+            PARKED_AGE_SECONDS,
+            OVERDUE,
+            WORKERS_LIVE,
+            POOL_IN_USE,
+            POOL_SIZE,
+        ):
             gauge.set(float("nan"))
         try:
             pool = self._database.current
             POOL_IN_USE.set(pool.get_size() - pool.get_idle_size())
+            POOL_SIZE.set(pool.get_max_size())
             found = await within(CHECK_SECONDS_MAX, reads.health(pool))
         except (Away, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             log.warning("metrics_without_database", error=describe_error(error))
             return
         OUTBOX_RECORDS.set(found.outbox_records)
+        OUTBOX_AGE_SECONDS.set(found.outbox_age_seconds)
         PARKED_RECORDS.set(found.parked_records)
+        PARKED_AGE_SECONDS.set(found.parked_age_seconds or 0.0)
+        OVERDUE.set(found.overdue)
         WORKERS_LIVE.set(found.workers_live)
         for reason, records in found.dead_letters.items():
             DEAD_LETTERS_UNSETTLED.labels(reason=reason).set(records)
+        if time.monotonic() >= self._totals_until:
+            await self._measure_totals(pool)
+
+    async def _measure_totals(self, pool: Pool) -> None:
+        """What all accounts have together; one that is not answered in time is not known, and asked again later."""
+        self._totals_until = time.monotonic() + TOTALS_SECONDS
+        for gauge in (HELD, DEBT):
+            gauge.set(float("nan"))
+        BALANCE.clear()
+        ACCOUNTS.clear()
+        try:
+            found = await within(CHECK_SECONDS_MAX, reads.totals(pool))
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            log.warning("metrics_without_totals", error=describe_error(error))
+            return
+        HELD.set(found.held)
+        DEBT.set(found.debt)
+        BALANCE.labels(pool="subscription").set(found.subscription)
+        BALANCE.labels(pool="purchased").set(found.purchased)
+        for state in ("open", "closed", "merged"):
+            ACCOUNTS.labels(state=state).set(found.accounts.get(state, 0))
 
 
 async def _asked(question: Callable[[], Awaitable[frozenset[str]]]) -> frozenset[str] | str:

@@ -11,13 +11,15 @@ from typing import Any
 import jiter
 from fastapi import APIRouter, Request
 
+from workers import tracing
 from workers.gateway import problems
 from workers.gateway.bodies import read_body
 from workers.gateway.connections import Away, Broker
 from workers.gateway.problems import Problem
+from workers.messages.record import TRACEPARENT
 from workers.settings import Settings
 from workers.sources.signature import BadSignature, verify
-from workers.telemetry import WEBHOOKS
+from workers.telemetry import WEBHOOK_SECONDS, WEBHOOKS
 
 TOPIC = "stripe.webhook"
 SIGNATURE_HEADER = "stripe-signature"
@@ -59,21 +61,27 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
         openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_SIGNATURE]},
     )
     async def accept(request: Request) -> dict[str, bool]:
-        status = 500
+        status, started = 500, time.perf_counter()
         try:
-            await _forward(request, settings, broker)
+            with tracing.receiving(
+                "POST /webhooks/stripe", request.headers.get(TRACEPARENT)
+            ) as received:
+                await _forward(request, settings, broker, received)
             status = 200
         except Problem as problem:
             status = problem.status
             raise
         finally:
             WEBHOOKS.labels(status=str(status)).inc()
+            WEBHOOK_SECONDS.observe(time.perf_counter() - started)
         return {"received": True}
 
     return router
 
 
-async def _forward(request: Request, settings: Settings, broker: Broker) -> None:
+async def _forward(
+    request: Request, settings: Settings, broker: Broker, received: tracing.Received
+) -> None:
     body = await read_body(request, settings.webhook_bytes_max)
     headers = request.headers.getlist(SIGNATURE_HEADER)
     if len(headers) > 1:
@@ -86,12 +94,13 @@ async def _forward(request: Request, settings: Settings, broker: Broker) -> None
     key = _record_key(body)
     signature = (header or "").encode("ascii")
     try:
-        await broker.deliver(
-            settings.topic(TOPIC),
-            key=key.encode("ascii"),
-            value=body,
-            headers=[(SIGNATURE_HEADER, signature)],
-        )
+        with received.publishing(TOPIC) as trace:
+            await broker.deliver(
+                settings.topic(TOPIC),
+                key=key.encode("ascii"),
+                value=body,
+                headers=[(SIGNATURE_HEADER, signature), *trace],
+            )
     except Away as error:
         raise problems.away(error.server) from error
 

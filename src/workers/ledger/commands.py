@@ -41,7 +41,9 @@ class CommandKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Where a command comes from; an entry keeps all of it (R9)."""
+    """Where a command comes from; an entry keeps all of it (R9), but for the span `parent_id` of the trace that caused it and
+    whether the trace is `sampled`: those go on with what is published.
+    """
 
     source: str
     type: str
@@ -52,6 +54,8 @@ class Cause:
     partition: int | None = None
     offset: int | None = None
     trace_id: str | None = None
+    parent_id: str | None = None
+    sampled: bool = True
 
     def published(self, references: Mapping[str, str]) -> dict[str, str]:
         """The cause as entries keep it and messages tell it, with the business ids that the action names."""
@@ -116,6 +120,14 @@ class AdjustCredits:
 
     account: str
     credits: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairAccount:
+    """An audit found something wrong of an account, and it is put right: `reason` says by whom, why and what."""
+
+    account: str
     reason: str
 
 
@@ -197,13 +209,14 @@ class PeriodLine:
 @dataclass(frozen=True, slots=True)
 class StartPeriods:
     """A paid invoice: each of its lines starts a period of a subscription (R4, R14). `paid` is all that the invoice
-    cost, tax and other lines included, in the currency's smallest unit.
+    cost, tax and other lines included, in the currency's smallest unit. Without an `invoice_id` it is an audit that says
+    so: the invoice itself, when it comes, finds its periods started.
     """
 
     account: str
     subscription_id: str
     lines: tuple[PeriodLine, ...]
-    invoice_id: str
+    invoice_id: str | None
     payment_id: str | None = None
     paid: int | None = None
     references: dict[str, str] = field(default_factory=dict)
@@ -383,6 +396,7 @@ Action: TypeAlias = (
     | LinkIdentities
     | GrantCredits
     | AdjustCredits
+    | RepairAccount
     | TransferCredits
     | MergeAccounts
     | ImportCredits

@@ -40,6 +40,7 @@ from workers.ledger.commands import (
     RefundGeneration,
     RefundPayment,
     RegisterUser,
+    RepairAccount,
     RequestBooking,
     RequestGeneration,
     Settle,
@@ -139,7 +140,7 @@ def _settle(writer: Writer, action: Settle) -> Outcome:
 def _closed(writer: Writer, action: Action) -> Rejected | None:
     """A closed account accepts nothing new; what only finishes what is open is not asked."""
     if (
-        isinstance(action, CloseAccount)
+        isinstance(action, CloseAccount | RepairAccount)
         or generations.finishes(writer, action)
         or bookings.finishes(writer, action)
     ):
@@ -171,6 +172,8 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             return APPLIED
         case GrantCredits():
             return grants.grant_credits(writer, action, transaction)
+        case RepairAccount():
+            return grants.repair_account(writer, action, transaction)
         case AdjustCredits():
             return grants.adjust_credits(writer, action, transaction)
         case TransferCredits():
@@ -212,7 +215,7 @@ def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911, PLR
             return {"booking_id": action.booking_id}
         case BuyPack() | StartPeriods() | ImportCredits():
             return action.references
-        case GrantCredits() | AdjustCredits():
+        case GrantCredits() | AdjustCredits() | RepairAccount():
             return _with_reason({}, action.reason)
         case TransferCredits():
             return _with_reason(

@@ -65,12 +65,52 @@ def start_periods(writer: Writer, action: StartPeriods, transaction: Transaction
     if total and too_much(account, total):
         return Rejected("invalid_amount", account.account_id, total, account.available)
     payment = writer.state.payments[action.payment_id] if action.payment_id else None
-    linked = payment is not None and payments.link_invoice(writer, payment, action.invoice_id)
+    linked = (
+        payment is not None
+        and action.invoice_id is not None
+        and payments.link_invoice(writer, payment, action.invoice_id)
+    )
+    paid_now = _pay_for_what_an_audit_granted(writer, action)
     for period in granting:
         _start(writer, account, action, period, transaction)
+    for purchase in paid_now:
+        payments.net(writer, purchase, transaction)
     if payment is not None and linked:
         payments.follow(writer, payment, transaction)
-    return APPLIED if granting or linked else DUPLICATE
+    return APPLIED if granting or linked or paid_now else DUPLICATE
+
+
+def _pay_for_what_an_audit_granted(writer: Writer, action: StartPeriods) -> list[Purchase]:
+    """An audit grants a period whose invoice never came (R8). When it comes it grants nothing, and is what paid for it: what is
+    refunded of it is clawed back (R7).
+    """
+    paid: list[Purchase] = []
+    if action.invoice_id is None:
+        return paid
+    starts = {line.period_start for line in action.lines if not line.prorated}
+    months = tuple(f"allocation:{action.subscription_id}:{start.isoformat()}:" for start in starts)
+    for purchase in writer.state.purchases.values():
+        if (
+            purchase.subscription_id == action.subscription_id
+            and (purchase.period_start in starts or purchase.purchase_key.startswith(months))
+            and purchase.plan is not None
+            and (purchase.invoice_id, purchase.payment_id, purchase.paid) == (None, None, None)
+        ):
+            purchase.invoice_id, purchase.payment_id = action.invoice_id, action.payment_id
+            purchase.paid, purchase.changed = action.paid, True
+            writer.linked.add_purchase(purchase)
+            paid.append(purchase)
+    for allocation in writer.state.allocations.values():
+        if (
+            paid
+            and allocation.subscription_id == action.subscription_id
+            and allocation.anchor_at in starts
+            and allocation.invoice_id is None
+        ):
+            allocation.invoice_id, allocation.payment_id = action.invoice_id, action.payment_id
+            allocation.paid, allocation.changed = action.paid, True
+            writer.linked.add_allocation(allocation)
+    return paid
 
 
 def period_key(catalogue: Catalogue, subscription_id: str, line: PeriodLine) -> str:

@@ -8,7 +8,7 @@ import binascii
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import jiter
 
@@ -25,12 +25,26 @@ RFC3339 = (
 )
 # W3C trace context: version ff and a trace or span of zeros are none.
 TRACEPARENT = re.compile(
-    r"^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+    r"^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
 )
 STRUCTURED = "application/cloudevents"  # of any format, batches too: those we cannot read are not binary mode
 STRUCTURED_JSON = "application/cloudevents+json"
 DATASCHEMA_VERSION = re.compile(r"/v(\d+)/?$")
 TYPE_VERSION = re.compile(r"^(.*)\.v(\d+)$")
+
+
+class Trace(NamedTuple):
+    """Whose trace something belongs to: the span that caused it, and whether whoever began it wants it recorded."""
+
+    trace_id: str
+    span_id: str
+    sampled: bool
+
+
+def read_traceparent(text: Any) -> Trace | None:
+    """A W3C trace context; None for what is none."""
+    found = TRACEPARENT.match(text) if isinstance(text, str) else None
+    return Trace(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +56,7 @@ class Event:
     id: str
     key: str
     occurred_at: datetime
-    trace_id: str | None
+    trace: Trace | None
     data: Any
 
 
@@ -90,14 +104,13 @@ def read_event(record: Record, *, types: frozenset[str]) -> Event:
         data = read_json(record.value)
     id_ = _attribute(attributes, "id")
     traceparent = attributes.get("traceparent") or headers.get("traceparent") or ""
-    trace = TRACEPARENT.match(traceparent) if isinstance(traceparent, str) else None
     return Event(
         source=_attribute(attributes, "source"),
         type=_attribute(attributes, "type"),
         id=id_,
         key=_attribute(attributes, "idempotencykey") if "idempotencykey" in attributes else id_,
         occurred_at=_time(attributes.get("time"), record.timestamp_at),
-        trace_id=trace[1] if trace else None,
+        trace=read_traceparent(traceparent),
         data=data,
     )
 

@@ -185,11 +185,19 @@ def changed_data(entry: Any, *, lots: Any, cause: Any) -> dict[str, Any]:
     }
 
 
-def changed(entry: Entry, lots: list[dict[str, Any]]) -> Publication:
-    """`credit.changed` for one entry; its event id is the entry's, the same at every repeat (R10)."""
+def changed(entry: Entry, lots: list[dict[str, Any]], *, sampled: bool = True) -> Publication:
+    """`credit.changed` for one entry; its event id is the entry's, the same at every repeat (R10). `sampled` is what whoever
+    began the trace decided.
+    """
     data = changed_data(entry, lots=lots, cause=entry.cause)
     return _publication(
-        entry.entry_id, CHANGED, entry.account_id, data, data["recorded_at"], entry.trace_id
+        entry.entry_id,
+        CHANGED,
+        entry.account_id,
+        data,
+        data["recorded_at"],
+        entry.trace_id,
+        sampled=sampled,
     )
 
 
@@ -211,7 +219,13 @@ def schema_id(type_: str, version: int = 1) -> str:
 
 
 def rejected(
-    outcome: Rejected, cause: Mapping[str, str], *, id_: UUID, now: datetime, trace_id: str | None
+    outcome: Rejected,
+    cause: Mapping[str, str],
+    *,
+    id_: UUID,
+    now: datetime,
+    trace_id: str | None,
+    sampled: bool = True,
 ) -> Publication:
     """`credit.rejected` for one refused command; its event id is the command's transaction (R10)."""
     recorded_at = rfc3339(now)
@@ -224,7 +238,13 @@ def rejected(
         "recorded_at": recorded_at,
     }
     return _publication(
-        id_, REJECTED, outcome.account or cause["id"], payload, recorded_at, trace_id
+        id_,
+        REJECTED,
+        outcome.account or cause["id"],
+        payload,
+        recorded_at,
+        trace_id,
+        sampled=sampled,
     )
 
 
@@ -256,12 +276,19 @@ def dead_letter(
 
 
 def _publication(
-    id_: UUID, type_: str, key: str, payload: Mapping[str, Any], time: str, trace_id: str | None
+    id_: UUID,
+    type_: str,
+    key: str,
+    payload: Mapping[str, Any],
+    time: str,
+    trace_id: str | None,
+    *,
+    sampled: bool = True,
 ) -> Publication:
     headers = {"ce_time": time}
     if trace_id:
         # Our step is a span of its own in the caller's trace; its id is part of the event's.
-        headers["traceparent"] = f"00-{trace_id}-{id_.hex[-16:]}-01"
+        headers["traceparent"] = f"00-{trace_id}-{id_.hex[-16:]}-{int(sampled):02x}"
     return Publication(
         id_, type_, key, type_, orjson.dumps(payload), orjson.dumps(headers).decode(), shard_of(key)
     )

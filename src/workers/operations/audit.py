@@ -1,13 +1,15 @@
 """Whether the books are whole: every invariant of the ledger, asked of the stored rows alone (R2, R7, R9).
 
 Hides the questions (`audit.sql`) and how the chain of hashes is computed anew. Invariants: everything is read in one
-repeatable-read, read-only transaction, so that a system at work gives no false alarm; nothing is repaired here; memory
-does not grow with the ledger, only with what is wrong with it.
+repeatable-read, read-only transaction, so that a system at work gives no false alarm; nothing is repaired here
+(`repair.py` does); memory does not grow with the ledger, only with what is wrong with it. What somebody acknowledged is
+told with who and why: it stays a finding, and is no news.
 """
 
+import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from heapq import nsmallest
@@ -38,6 +40,7 @@ _SESSION = {
     "work_mem": "64MB",
 }
 _SET = "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)"
+_ACKNOWLEDGED = "SELECT invariant, finding, operator, reason, recorded_at FROM acknowledgements"
 # Everything that a question found is counted; what is told of it is bounded by the caller.
 _FOUND = """
 SELECT f.account_id::text, f.subject, f.id::text, f.field, f.stored, f.expected, count(*) OVER () AS found
@@ -62,6 +65,14 @@ class Invariant(NamedTuple):
     query: str
 
 
+class Acknowledgement(NamedTuple):
+    """Somebody said that they know of a finding which nobody can repair."""
+
+    operator: str
+    reason: str
+    recorded_at: datetime
+
+
 class Finding(NamedTuple):
     """Something that is not as it must be. `subject` and `id` name it: version 3, lot 0193…, booking b1.
 
@@ -75,15 +86,25 @@ class Finding(NamedTuple):
     field: str
     stored: str | None
     expected: str | None
+    acknowledged: Acknowledgement | None = None
+
+    @property
+    def name(self) -> bytes:
+        """All that it says, as 32 bytes: another value stored is another finding."""
+        said = "\n".join("" if part is None else str(part) for part in self[:7])
+        return hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(slots=True, kw_only=True)
 class Verdict:
-    """What came of one invariant: of `checked` things `found` were not as they must be; some of them are told."""
+    """What came of one invariant: of `checked` things `found` were not as they must be; some of them are told, what is
+    `acknowledged` last.
+    """
 
     invariant: Invariant
     checked: int
     found: int = 0
+    acknowledged: int = 0
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -104,9 +125,19 @@ class Audit:
         return sum(verdict.found for verdict in self.verdicts)
 
     @property
+    def acknowledged(self) -> int:
+        """How many of them somebody has acknowledged."""
+        return sum(verdict.acknowledged for verdict in self.verdicts)
+
+    @property
     def broken(self) -> int:
         """How many invariants do not hold."""
         return sum(verdict.found > 0 for verdict in self.verdicts)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All that is told."""
+        return [finding for verdict in self.verdicts for finding in verdict.findings]
 
 
 def _read() -> dict[str, Invariant]:
@@ -135,33 +166,77 @@ async def audit(
     At most `keep` findings of each invariant are told, all when it is None; they are counted in any case. `progress` is
     told the invariant's name, how many things are done, and how many there are.
     """
-    started = time.perf_counter()
     async with (
         pool.acquire() as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        await connection.execute(_SET, list(_SESSION), list(_SESSION.values()))
-        wanted = list(accounts) if accounts is not None else None
-        if wanted is not None:
-            wanted = [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, wanted)]
+        return await examine(connection, accounts, keep=keep, progress=progress)
+
+
+async def examine(
+    connection: Connection,
+    accounts: Sequence[str] | None = None,
+    *,
+    keep: int | None = None,
+    progress: Progress = lambda _name, _done, _total: None,
+    only: Collection[str] | None = None,
+) -> Audit:
+    """The same in a transaction that is open already, of what it sees; its limits of time become an audit's. Where `only` some
+    invariants are asked, what they are asked of is not counted.
+    """
+    started = time.perf_counter()
+    await connection.execute(_SET, list(_SESSION), list(_SESSION.values()))
+    wanted = list(accounts) if accounts is not None else None
+    if wanted is not None:
+        wanted = [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, wanted)]
+    known = await _acknowledgements(connection)
+    counts: dict[str, int] = {}
+    if only is None:
         (row,) = await _fetch(connection, _BLOCKS["counts"].query, wanted)
-        counts = {name: value for name, value in row.items() if name != "as_of"}
-        verdicts = []
-        for invariant in INVARIANTS:
-            checked = sum(counts[name] for name in invariant.checks)
-            verdict = Verdict(invariant=invariant, checked=checked)
-            progress(invariant.name, 0, checked)
-            begun = time.perf_counter()
-            await _judge(connection, verdict, wanted, keep, progress)
-            verdict.seconds = time.perf_counter() - begun
-            verdicts.append(verdict)
+        counts = dict(row)
+    verdicts = []
+    for invariant in INVARIANTS:
+        if only is not None and invariant.name not in only:
+            continue
+        checked = sum(counts.get(name, 0) for name in invariant.checks)
+        verdict = Verdict(invariant=invariant, checked=checked)
+        progress(invariant.name, 0, checked)
+        begun = time.perf_counter()
+        told = known.get(invariant.name, {})
+        # What is acknowledged must not take the place of what is news.
+        room = None if keep is None else keep + len(told)
+        await _judge(connection, verdict, wanted, room, progress)
+        _put_acknowledged_last(verdict, told, keep)
+        verdict.seconds = time.perf_counter() - begun
+        verdicts.append(verdict)
     return Audit(
-        as_of=row["as_of"],
+        as_of=await connection.fetchval("SELECT now()"),
         accounts=accounts,
         counts=counts,
         verdicts=verdicts,
         seconds=time.perf_counter() - started,
     )
+
+
+async def _acknowledgements(connection: Connection) -> dict[str, dict[bytes, Acknowledgement]]:
+    """By invariant and by the finding's name; a database that is not migrated yet has none."""
+    known: dict[str, dict[bytes, Acknowledgement]] = {}
+    if await connection.fetchval("SELECT to_regclass('credits.acknowledgements') IS NULL"):
+        return known
+    for row in await _fetch(connection, _ACKNOWLEDGED):
+        name, finding, *said = row
+        known.setdefault(name, {})[finding] = Acknowledgement(*said)
+    return known
+
+
+def _put_acknowledged_last(
+    verdict: Verdict, told: dict[bytes, Acknowledgement], keep: int | None
+) -> None:
+    findings = [one._replace(acknowledged=told.get(one.name)) for one in verdict.findings]
+    news = [one for one in findings if one.acknowledged is None]
+    known = [one for one in findings if one.acknowledged is not None]
+    verdict.acknowledged = len(known)
+    verdict.findings[:] = [*news[:keep], *known]
 
 
 async def _fetch(connection: Connection, query: str, *arguments: Any) -> list[asyncpg.Record]:

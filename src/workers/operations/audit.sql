@@ -30,8 +30,7 @@ heirs (account_id, heir, steps) AS (
 
 -- name: counts
 -- How many there are of each thing that the invariants judge.
-SELECT now() AS as_of,
-       (SELECT count(*) FROM accounts WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS accounts,
+SELECT (SELECT count(*) FROM accounts WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS accounts,
        (SELECT count(*) FROM entries WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS entries,
        (SELECT count(*) FROM lots WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS lots,
        (SELECT count(*) FROM generations WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS generations,
@@ -43,6 +42,9 @@ SELECT now() AS as_of,
        (SELECT count(*) FROM usage_days WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS days,
        (SELECT count(*) FROM outbox WHERE $1::text[] IS NULL OR aggregateid = ANY($1)) AS outbox,
        (SELECT count(*) FROM dead_letters WHERE $1::text[] IS NULL) AS letters,
+       (SELECT count(*) FROM parked WHERE $1::text[] IS NULL) AS parked,
+       (SELECT count(*) FROM identities WHERE $1::text[] IS NULL OR owner = ANY($1)) AS identities,
+       (SELECT count(*) FROM subscriptions WHERE $1::text[] IS NULL OR account_id = ANY($1)) AS subscriptions,
        (SELECT count(DISTINCT transaction_id) FROM entries
         WHERE (kind IN ('transfer', 'merge') OR kind IN ('booking_debit', 'booking_reversal') AND cause ? 'booking_id')
           AND ($1::text[] IS NULL OR account_id = ANY($1))) AS transactions;
@@ -628,6 +630,87 @@ SELECT g.account_id, 'generation', g.generation_id, 'released_to', g.released_to
 FROM generations g LEFT JOIN accounts a ON a.account_id = g.released_to
 WHERE g.released_to IS NOT NULL AND (a.account_id IS NULL OR a.state = 'merged' OR g.released_to = g.account_id)
   AND ($1::text[] IS NULL OR g.account_id = ANY($1));
+
+-- -- Who it is, and what is due -----------------------------------------------------------------------------------
+
+-- name: customers_are_mapped
+-- checks: subscriptions
+-- The Stripe customer of a subscription is mapped to an account, so that its next invoice finds whose it is.
+SELECT s.account_id, 'subscription', s.subscription_id, 'customer ' || s.customer_id, NULL, s.account_id
+FROM subscriptions s
+WHERE s.customer_id IS NOT NULL AND s.account_id IS NOT NULL
+  AND NOT EXISTS (SELECT FROM identities i WHERE i.external_id = s.customer_id AND i.provider = 'stripe')
+  AND ($1::text[] IS NULL OR s.account_id = ANY($1));
+
+-- name: identities_are_one
+-- checks: identities
+-- One id means one person, whatever provider says it and however an address is spelled, and that person was not merged away.
+WITH RECURSIVE {heirs}, meant AS (
+    SELECT i.external_id, i.provider, i.owner, coalesce(h.heir, i.owner::text) AS heir,
+           CASE WHEN i.external_id LIKE '%@%' THEN lower(i.external_id) ELSE i.external_id END AS name
+    FROM identities i LEFT JOIN last_heirs h ON h.account_id = i.owner
+)
+SELECT m.owner, 'identity', m.provider || ' ' || m.external_id, 'owner', m.owner::text, m.heir
+FROM meant m WHERE m.heir <> m.owner AND ($1::text[] IS NULL OR m.owner = ANY($1))
+UNION ALL
+SELECT m.heir, 'identity', m.provider || ' ' || m.external_id, 'person', m.heir,
+       'that of ' || o.provider || ' ' || o.external_id || ', ' || o.heir
+FROM meant m JOIN meant o ON o.name = m.name AND o.heir <> m.heir
+WHERE $1::text[] IS NULL OR m.heir = ANY($1);
+
+-- name: subscriptions_name_their_account
+-- checks: subscriptions
+-- What Stripe said of a subscription is kept with the account that it was resolved to.
+SELECT s.account_id, 'subscription', s.subscription_id, 'resolved_supabase_user_id',
+       s.metadata ->> 'resolved_supabase_user_id', substr(s.account_id, strpos(s.account_id, ':') + 1)
+FROM subscriptions s
+WHERE s.event_rank >= 0 AND s.account_id IS NOT NULL
+  AND s.metadata ->> 'resolved_supabase_user_id' IS DISTINCT FROM substr(s.account_id, strpos(s.account_id, ':') + 1)
+  AND ($1::text[] IS NULL OR s.account_id = ANY($1));
+
+-- name: paid_periods_were_granted
+-- checks: subscriptions
+-- An account without credits whose subscription is active has been given something in the period that runs, three hours
+-- after Stripe told of it at the latest.
+SELECT s.account_id, 'subscription', s.subscription_id, 'granted since ' || to_char(s.period_start, 'YYYY-MM-DD"T"HH24:MI:SS"Z"'),
+       NULL, 'the credits of ' || s.plan
+FROM subscriptions s JOIN accounts a ON a.account_id = s.account_id
+WHERE s.status = 'active' AND s.plan IS NOT NULL AND a.state = 'open'
+  AND a.subscription = 0 AND a.purchased = 0 AND a.debt = 0
+  AND s.period_start <= clock_timestamp() - interval '3 hours' AND s.period_end > clock_timestamp()
+  AND s.recorded_at <= clock_timestamp() - interval '3 hours'
+  AND NOT EXISTS (SELECT FROM entries e WHERE e.account_id = s.account_id AND e.balance_after > e.balance_before
+                  AND e.recorded_at >= s.period_start)
+  AND NOT EXISTS (SELECT FROM purchases p WHERE p.account_id = s.account_id AND p.period_end >= s.period_end)
+  AND ($1::text[] IS NULL OR s.account_id = ANY($1));
+
+-- name: nothing_is_overdue
+-- checks: holds, lots
+-- What time ends has ended half a minute later: holds past their deadline, lots past their expiry.
+SELECT account_id, 'generation', generation_id, 'deadline_at', deadline_at::text, 'released then'
+FROM generations
+WHERE state = 'held' AND deadline_at < clock_timestamp() - interval '30 seconds' AND account_id IS NOT NULL
+  AND ($1::text[] IS NULL OR account_id = ANY($1))
+UNION ALL
+SELECT account_id, 'lot', lot_id::text, 'expires_at', expires_at::text, 'its ' || remaining - held || ' unheld credits expired then'
+FROM lots
+WHERE open AND expires_at < clock_timestamp() - interval '30 seconds' AND remaining > held
+  AND ($1::text[] IS NULL OR account_id = ANY($1));
+
+-- name: parked_messages_are_tried
+-- checks: parked
+-- A message that waits is tried again within ten minutes, and does not wait beyond its deadline.
+SELECT o.owner, 'parked message', p.parked_id::text, t.field, t.stored, t.expected
+FROM parked p
+LEFT JOIN LATERAL (SELECT i.owner FROM identities i WHERE i.external_id = p.waits_for ORDER BY i.provider = p.provider DESC,
+                   i.provider LIMIT 1) o ON true
+CROSS JOIN LATERAL (VALUES
+    ('next_attempt_at', p.next_attempt_at::text,
+     CASE WHEN p.next_attempt_at > clock_timestamp() + interval '10 minutes' THEN 'within ten minutes' END),
+    ('deadline_at', p.deadline_at::text,
+     CASE WHEN p.deadline_at < clock_timestamp() - interval '1 hour' THEN 'no deadline long past' END)
+) AS t (field, stored, expected)
+WHERE t.expected IS NOT NULL AND ($1::text[] IS NULL OR o.owner = ANY($1));
 
 -- -- Why it happened, and what is told ----------------------------------------------------------------------------
 

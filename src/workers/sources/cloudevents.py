@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
 from workers.ledger.commands import Cause
-from workers.messages.envelope import Event, read_event
+from workers.messages.envelope import Event, Trace, read_event
 from workers.messages.inbound import CONTRACT_TYPES, Data
 from workers.messages.record import Record, Refused
 from workers.sources.understood import Ignored
@@ -64,6 +64,13 @@ def fingerprint(type_: str, data: BaseModel) -> bytes:
     return hashlib.sha256(canonical).digest()
 
 
+def traced(trace: Trace | None) -> dict[str, Any]:
+    """The fields of a cause that say whose trace it belongs to."""
+    if trace is None:
+        return {}
+    return {"trace_id": trace.trace_id, "parent_id": trace.span_id, "sampled": trace.sampled}
+
+
 def cause_of(event: Event, record: Record) -> Cause:
     """Where a command comes from."""
     return Cause(
@@ -75,5 +82,5 @@ def cause_of(event: Event, record: Record) -> Cause:
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
-        trace_id=event.trace_id,
+        **traced(event.trace),
     )

@@ -5,11 +5,12 @@ from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 from workers.ledger.commands import Cause
-from workers.messages.envelope import Event
+from workers.messages.envelope import Event, Trace
 from workers.messages.inbound import ACCOUNT_TYPES, BOOKING_TYPES, GENERATION_TYPES
 from workers.messages.record import Refused
 from workers.sources.account import understand_account
 from workers.sources.booking import understand_booking
+from workers.sources.cloudevents import traced
 from workers.sources.generation import understand_generation
 from workers.sources.understood import Understood
 
@@ -31,7 +32,7 @@ def understand_command(
     key: str,
     now: datetime,
     by: str | None = None,
-    trace_id: str | None = None,
+    trace: Trace | None = None,
 ) -> Understood:
     """Understand a command under its idempotency key; `by` names who asks, its own key if nobody is named.
 
@@ -41,6 +42,6 @@ def understand_command(
     read = _READERS.get(type_)
     if read is None:
         raise Refused("malformed", f"type {type_[:80]!r} is none of {', '.join(sorted(_READERS))}")
-    cause = Cause(door, type_, by or key, key, now, trace_id=trace_id)
-    event = Event(cause.source, cause.type, cause.id, cause.key, now, trace_id, data)
+    cause = Cause(door, type_, by or key, key, now, **traced(trace))
+    event = Event(cause.source, cause.type, cause.id, cause.key, now, trace, data)
     return read(event, cause)

@@ -33,9 +33,9 @@ from workers.ledger.commands import (
     RefundStatus,
     StartPeriods,
 )
-from workers.messages.envelope import ID, read_json
-from workers.messages.record import Record, Refused
-from workers.sources.cloudevents import read_data
+from workers.messages.envelope import ID, read_json, read_traceparent
+from workers.messages.record import TRACEPARENT, Record, Refused
+from workers.sources.cloudevents import read_data, traced
 from workers.sources.signature import BadSignature, verify
 from workers.sources.stripe_objects import (
     Charge,
@@ -114,6 +114,7 @@ def read_stripe(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
+        **traced(read_traceparent(record.text_headers().get(TRACEPARENT))),
     )
     object_ = event.data.get("object")
     if event.type in CHECKOUT_PAID | INVOICE_PAID:

@@ -300,18 +300,21 @@ FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given
 WHERE b.booking_id = ANY (ARRAY[n.booking_id]);
 
 -- name: update_purchases
--- What was clawed back of purchases that were there before.
-UPDATE purchases p SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb
-FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, clawed_parts)
+-- What was clawed back of purchases that were there before, and what paid for those that an audit granted.
+UPDATE purchases p
+SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb, invoice_id = n.invoice_id, payment_id = n.payment_id, paid = n.paid
+FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::bigint[])
+     AS n (purchase_key, clawed, clawed_parts, invoice_id, payment_id, paid)
 WHERE p.purchase_key = ANY (ARRAY[n.purchase_key]);
 
 -- name: update_allocations
 -- Months granted, stopped, ended or moved.
 UPDATE allocations a
 SET account_id = n.account_id, period_end = n.period_end, credits = n.credits, next_month = n.next_month,
-    next_at = n.next_at, returned = n.returned
-FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::bigint[], $5::int[], $6::timestamptz[], $7::bigint[])
-     AS n (allocation_key, account_id, period_end, credits, next_month, next_at, returned)
+    next_at = n.next_at, returned = n.returned, invoice_id = n.invoice_id, payment_id = n.payment_id, paid = n.paid
+FROM unnest($1::text[], $2::text[], $3::timestamptz[], $4::bigint[], $5::int[], $6::timestamptz[], $7::bigint[], $8::text[],
+            $9::text[], $10::bigint[])
+     AS n (allocation_key, account_id, period_end, credits, next_month, next_at, returned, invoice_id, payment_id, paid)
 WHERE a.allocation_key = ANY (ARRAY[n.allocation_key]);
 
 -- name: update_payments

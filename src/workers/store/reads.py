@@ -185,6 +185,28 @@ class HealthView(View):
     parked_records: int
     dead_letters: dict[str, int]
     workers_live: int
+    outbox_oldest: UUID | None = None
+    parked_age_seconds: float | None = None
+    now_seconds: float = 0.0
+    overdue: int = 0
+
+    @property
+    def outbox_age_seconds(self) -> float:
+        """How old the oldest message of the outbox is: ids have the time in them. 0 where none waits."""
+        oldest = self.outbox_oldest
+        if oldest is None or oldest.version != 7:
+            return 0.0
+        return max(0.0, self.now_seconds - (oldest.int >> 80) / 1000)
+
+
+class TotalsView(View):
+    """What all accounts have together."""
+
+    subscription: int
+    purchased: int
+    held: int
+    debt: int
+    accounts: dict[str, int]
 
 
 # The owner of an id as the worker resolves it (R13): what the provider "user" says, else what all other providers
@@ -311,10 +333,28 @@ FROM found ORDER BY rank, number DESC LIMIT 1
 _HEALTH = """
 SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT $2) o) AS outbox_records,
        (SELECT count(*) FROM parked) AS parked_records,
+       (SELECT id FROM outbox ORDER BY sequence LIMIT 1) AS outbox_oldest,
+       (SELECT extract(epoch FROM clock_timestamp() - min(parked_at))::float8 FROM parked) AS parked_age_seconds,
+       extract(epoch FROM clock_timestamp())::float8 AS now_seconds,
+       (SELECT count(*) FROM (SELECT FROM generations WHERE state = 'held'
+            AND deadline_at < (SELECT clock_timestamp() - interval '30 seconds') LIMIT 1000) h)
+       + (SELECT count(*) FROM (SELECT FROM lots WHERE open AND remaining > held
+            AND expires_at < (SELECT clock_timestamp() - interval '30 seconds') LIMIT 1000) l) AS overdue,
        (SELECT coalesce(jsonb_object_agg(reason, n), '{}') FROM (
             SELECT reason, count(*) AS n FROM dead_letters WHERE state IN ('dead', 'replaying') GROUP BY reason) d
        ) AS dead_letters,
        (SELECT count(*) FROM heartbeats WHERE beat_at > clock_timestamp() - make_interval(secs => $1)) AS workers_live
+"""
+
+# Accounts are read whole: a tenth of a second for each million, so this is asked once in a while.
+_TOTALS = """
+WITH s AS (
+    SELECT state, count(*) AS n, sum(subscription) AS subscription, sum(purchased) AS purchased, sum(held) AS held,
+           sum(debt) AS debt FROM accounts GROUP BY state
+)
+SELECT coalesce(sum(subscription), 0)::bigint AS subscription, coalesce(sum(purchased), 0)::bigint AS purchased,
+       coalesce(sum(held), 0)::bigint AS held, coalesce(sum(debt), 0)::bigint AS debt,
+       coalesce(jsonb_object_agg(state, n), '{}') AS accounts FROM s
 """
 
 _TOPICS_COVERED = """
@@ -430,6 +470,12 @@ async def health(source: Source) -> HealthView:
     """Depths and live workers, by the database's clock."""
     (row,) = await source.fetch(_HEALTH, HEARTBEAT_SECONDS, OUTBOX_COUNTED_MAX)
     return HealthView(**{**row, "dead_letters": json.loads(row["dead_letters"])})
+
+
+async def totals(source: Source) -> TotalsView:
+    """What all accounts have together, as of now."""
+    (row,) = await source.fetch(_TOTALS)
+    return TotalsView(**{**row, "accounts": json.loads(row["accounts"])})
 
 
 async def topics_covered(source: Source) -> frozenset[str]:

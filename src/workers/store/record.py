@@ -61,9 +61,15 @@ async def record_execution(
 ) -> list[Publication]:
     """Write the fold's effects: state, journal and memory. Returns what the journal has to tell, unsent."""
     publications, entries = [], []
+    unsampled = {
+        decision.transaction_id
+        for decision in execution.decisions
+        if not decision.command.cause.sampled
+    }
     for entry in execution.entries:
         lots = changed_lots(entry)
-        publications.append(changed(entry, lots))
+        sampled = entry.transaction_id not in unsampled
+        publications.append(changed(entry, lots, sampled=sampled))
         entries.append(_entry_row(entry, lots))
     await _copy(connection, "entries", ENTRY_COLUMNS, entries)
     commands = [
@@ -387,7 +393,14 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
     )
     await _copy(connection, "purchases", PURCHASE_COLUMNS, fresh)
     old = [
-        (purchase.purchase_key, purchase.clawed, _parts(purchase))
+        (
+            purchase.purchase_key,
+            purchase.clawed,
+            _parts(purchase),
+            purchase.invoice_id,
+            purchase.payment_id,
+            purchase.paid,
+        )
         for purchase in purchases
         if purchase.changed and not purchase.fresh
     ]
@@ -421,6 +434,9 @@ async def _write_allocations(connection: Connection, execution: Execution) -> No
             allocation.next_month,
             allocation.next_at,
             allocation.returned,
+            allocation.invoice_id,
+            allocation.payment_id,
+            allocation.paid,
         )
         for allocation in allocations
         if allocation.changed and not allocation.fresh
