@@ -502,8 +502,8 @@ class Ledger:
         tracing.mark("load")
         try:
             execution = execute(state, commands, now=now, catalogue=catalogue, ids=ids)
-        except LotsNotLoaded as error:
-            log.info("lots_loaded_anew", account=str(error))
+        except LotsNotLoaded:
+            log.info("lots_loaded_anew", commands=len(commands))
             state, now = await load(connection, reach, all_lots=True)
             tracing.mark("load")
             execution = execute(state, commands, now=now, catalogue=catalogue, ids=again)
