@@ -111,7 +111,7 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
             reach.merging.update((action.source, action.target))
         case ImportCredits():
             reach.purchase_keys.add(action.import_key)
-            for entry in action.entries:
+            for entry in (*action.entries, *action.history):
                 if entry.purchase_key is not None:
                     reach.purchase_keys.add(entry.purchase_key)
                 _add_money(reach, entry.payment_id)

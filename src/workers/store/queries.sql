@@ -288,9 +288,9 @@ FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given
 WHERE b.booking_id = ANY (ARRAY[n.booking_id]);
 
 -- name: update_purchases
--- What was clawed back of purchases that were there before.
-UPDATE purchases p SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb
-FROM unnest($1::text[], $2::bigint[], $3::text[]) AS n (purchase_key, clawed, clawed_parts)
+-- What was clawed back of purchases that were there before, and what was paid for them where that was told later.
+UPDATE purchases p SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb, paid = n.paid
+FROM unnest($1::text[], $2::bigint[], $3::text[], $4::bigint[]) AS n (purchase_key, clawed, clawed_parts, paid)
 WHERE p.purchase_key = ANY (ARRAY[n.purchase_key]);
 
 -- name: update_allocations

@@ -387,7 +387,7 @@ async def _write_purchases(connection: Connection, execution: Execution) -> None
     )
     await _copy(connection, "purchases", PURCHASE_COLUMNS, fresh)
     old = [
-        (purchase.purchase_key, purchase.clawed, _parts(purchase))
+        (purchase.purchase_key, purchase.clawed, _parts(purchase), purchase.paid)
         for purchase in purchases
         if purchase.changed and not purchase.fresh
     ]
