@@ -17,13 +17,25 @@ from tests.store.kit import CATALOGUE, ledger_over
 from workers.batch import Ledger
 from workers.embedded import Servers
 from workers.operations.audit import audit
-from workers.operations.imports import KINDS, AccountReport, Import, Options, Totals, roll_back, verify
+from workers.operations.imports import (
+    KINDS,
+    AccountReport,
+    Import,
+    Options,
+    Totals,
+    roll_back,
+    verify,
+)
 from workers.operations.imports.engine import RolledBack
 from workers.operations.imports.source import open_source
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 
-__all__ = ["Reused", "database_url", "reused_database"]  # fixtures of the store's tests serve here too
+__all__ = [
+    "Reused",
+    "database_url",
+    "reused_database",
+]  # fixtures of the store's tests serve here too
 
 # What is the same of two imports of one source: all but ids, times and hashes.
 STORY = """
@@ -73,7 +85,8 @@ class Move:
     async def money(self, user: str) -> tuple[int, int, int]:
         """Subscription, purchased, debt."""
         row = await self.owner.fetchrow(
-            "SELECT subscription, purchased, debt FROM accounts WHERE account_id = $1", f"user:{user}"
+            "SELECT subscription, purchased, debt FROM accounts WHERE account_id = $1",
+            f"user:{user}",
         )
         return tuple(row) if row else (0, 0, 0)
 
@@ -92,7 +105,9 @@ class Move:
     async def whole(self) -> None:
         """The books add up, and what is published tells each entry once."""
         found = await audit(self.pool)
-        assert found.found == 0, [finding for verdict in found.verdicts for finding in verdict.findings]
+        assert found.found == 0, [
+            finding for verdict in found.verdicts for finding in verdict.findings
+        ]
         untold = await self.owner.fetchval(
             "SELECT count(*) FROM entries e FULL JOIN (SELECT * FROM outbox WHERE type = 'credit.changed') o "
             "ON o.id = e.entry_id WHERE o.id IS NULL OR e.entry_id IS NULL"

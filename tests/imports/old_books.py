@@ -89,10 +89,16 @@ def credits_records(dice: random.Random, people: int) -> Rows:
     rows: list[tuple[Any, ...]] = []
     for _ in range(people):
         user = person(dice)
-        for type_ in dice.choice([["user"], ["user"], ["individual"], ["user", "individual"], ["user", "user"]]):
-            balance = dice.choice([0, 15, 5, dice.randrange(1000), -dice.randrange(1, 20), None, "7.50"])
+        for type_ in dice.choice(
+            [["user"], ["user"], ["individual"], ["user", "individual"], ["user", "user"]]
+        ):
+            balance = dice.choice(
+                [0, 15, 5, dice.randrange(1000), -dice.randrange(1, 20), None, "7.50"]
+            )
             purchased = dice.choice([0, 0, 100, dice.randrange(1000), None])
-            rows.append((user, type_, balance, purchased, dice.choice([0, dice.randrange(100), None])))
+            rows.append(
+                (user, type_, balance, purchased, dice.choice([0, dice.randrange(100), None]))
+            )
     return {"credits:user_id,user_type,credits_balance,credits_purchased,credits_used": rows}
 
 
@@ -104,11 +110,15 @@ def practitioner_credits(dice: random.Random, people: int) -> Rows:
         user, balance = person(dice), 0
         lines = []
         for at in _times(dice, dice.choice([0, 1, 3, 12])):
-            type_ = dice.choice(["session_earning", "session_payment", "bonus", "purchase", "refund", "adjustment"])
+            type_ = dice.choice(
+                ["session_earning", "session_payment", "bonus", "purchase", "refund", "adjustment"]
+            )
             amount = dice.randrange(1, 60)
             if type_ == "session_payment" or (type_ == "adjustment" and dice.random() < 0.5):
                 amount = -min(amount, balance)
-            text = dice.choice([None, "Monthly allocation", "campaign"]) if type_ == "bonus" else None
+            text = (
+                dice.choice([None, "Monthly allocation", "campaign"]) if type_ == "bonus" else None
+            )
             before = dice.choice([None, balance])
             lines.append((user, amount, before, balance + amount, type_, text, at))
             balance += amount
@@ -138,7 +148,11 @@ def points(dice: random.Random, people: int) -> Rows:
     mark = dice.getrandbits(40)
     for number in range(people):
         user, other = f"ba_{mark}_{number}", person(dice)
-        email = f"Person.{mark}.{number}@Example.COM" if dice.random() < 0.9 else f"SHARED-{mark}@example.com"
+        email = (
+            f"Person.{mark}.{number}@Example.COM"
+            if dice.random() < 0.9
+            else f"SHARED-{mark}@example.com"
+        )
         users.append((user, email))
         metadata: dict[str, Any] = {}
         if dice.random() < 0.7:
@@ -158,7 +172,9 @@ def points(dice: random.Random, people: int) -> Rows:
             amount = dice.choice([dice.randrange(1, 90), -dice.randrange(1, 40)])
             if amount < 0 and earned - spent + amount < 0:
                 amount = -amount
-            word = dice.choice(["signup_bonus", "purchase", "bonus"]) if amount > 0 else "generation"
+            word = (
+                dice.choice(["signup_bonus", "purchase", "bonus"]) if amount > 0 else "generation"
+            )
             lines.append((user, amount, word, None, at))
             earned, spent = earned + max(0, amount), spent + max(0, -amount)
         balance = earned - spent
@@ -208,12 +224,18 @@ def profiles(dice: random.Random, people: int) -> Rows:
     for _ in range(people):
         user, balance = person(dice), 0
         for at in _times(dice, dice.choice([0, 1, 4, 9])):
-            type_ = dice.choice(["purchase", "purchase", "subscription", "usage", "usage", "refund"])
+            type_ = dice.choice(
+                ["purchase", "purchase", "subscription", "usage", "usage", "refund"]
+            )
             amount = dice.randrange(1, 120)
             if type_ == "usage":
                 amount = -min(amount, max(0, balance))
             mark = dice.getrandbits(60)
-            reference = dice.choice([f"cs_{mark}", f"pi_{mark}", f"ch_{mark}", None]) if type_ == "purchase" else f"g{mark}"
+            reference = (
+                dice.choice([f"cs_{mark}", f"pi_{mark}", f"ch_{mark}", None])
+                if type_ == "purchase"
+                else f"g{mark}"
+            )
             lines = [(user, amount, type_, reference, at)] * (2 if dice.random() < 0.05 else 1)
             log += lines if dice.random() < 0.95 else []
             balance += amount * len(lines)
@@ -237,9 +259,13 @@ _FILL = {
 
 async def checksum(connection: asyncpg.Connection) -> list[Any]:
     """Everything that a source holds, to see that it was left alone."""
-    tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
+    tables = await connection.fetch(
+        "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1"
+    )
     return [
-        await connection.fetchval(f'SELECT md5(string_agg(t::text, E\'\\n\' ORDER BY t::text)) FROM "{row[0]}" t')
+        await connection.fetchval(
+            f"SELECT md5(string_agg(t::text, E'\\n' ORDER BY t::text)) FROM \"{row[0]}\" t"
+        )
         for row in tables
     ]
 

@@ -7,6 +7,7 @@ import os
 import random
 
 import pytest
+from tests.store.conftest import EMPTY
 
 from workers.operations.imports import engine
 
@@ -24,7 +25,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     print(f"seed {SEED}")  # noqa: T201 - a failure must be repeatable
-    monkeypatch.setattr(engine, "ACCOUNTS_AT_ONCE", 50)
+    if not EXAMPLES:
+        monkeypatch.setattr(engine, "ACCOUNTS_AT_ONCE", 50)
 
 
 async def had(move: Move, kind: str) -> dict[str, int]:
@@ -100,7 +102,12 @@ async def test_all_of_it_goes_back(move: Move, kind: str) -> None:
 
     assert await move.roll_back()
     assert await move.balances() == {}
-    assert await move.owner.fetchval("SELECT count(*) FROM accounts WHERE subscription + purchased + debt > 0") == 0
+    assert (
+        await move.owner.fetchval(
+            "SELECT count(*) FROM accounts WHERE subscription + purchased + debt > 0"
+        )
+        == 0
+    )
     await move.whole()
     entries = await move.owner.fetchval("SELECT count(*) FROM entries")
     assert await move.roll_back() == []
@@ -119,36 +126,32 @@ async def test_a_killed_run_is_taken_up_where_it_was(move: Move, kind: str) -> N
     await old_books.build(move.source, kind, PEOPLE, seed=SEED)
     await move.bring(kind)
     story = await move.story()
-    standing = await move.owner.fetchval("SELECT account_id FROM imported_rows ORDER BY recorded_at DESC, account_id LIMIT 1")
-    await empty(move)
+    standing = await move.owner.fetchval(
+        "SELECT account_id FROM imported_rows ORDER BY recorded_at DESC, account_id LIMIT 1"
+    )
+    await move.owner.execute(EMPTY)
 
     # Somebody holds an account of the last chunk: the run gets as far as that, and waits.
-    await move.owner.execute("INSERT INTO accounts (account_id) VALUES ($1) ON CONFLICT DO NOTHING", standing)
+    await move.owner.execute(
+        "INSERT INTO accounts (account_id) VALUES ($1) ON CONFLICT DO NOTHING", standing
+    )
     held = move.owner.transaction()
     await held.start()
     await move.owner.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", standing)
-    process = await move.command_line("import", kind, "--source", move.source_url, "--live", chunk=50)
-    while not await move.source.fetchval("SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"):
+    process = await move.command_line(
+        "import", kind, "--source", move.source_url, "--live", chunk=50
+    )
+    while not await move.source.fetchval(
+        "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    ):
         assert process.returncode is None, await process.communicate()
     process.kill()
     await process.wait()
     await held.rollback()
     brought = await move.owner.fetchval("SELECT count(*) FROM imported_rows")
-    assert 0 < brought
+    assert brought > 0
 
     await move.bring(kind)
     assert await move.story() == story
     assert await move.wrong(kind) == []
     await move.whole()
-
-
-async def empty(move: Move) -> None:
-    """A ledger in which nothing ever happened."""
-    await move.owner.execute("""
-        BEGIN;
-        ALTER TABLE entries DISABLE TRIGGER USER; ALTER TABLE accounts DISABLE TRIGGER USER;
-        TRUNCATE imported_rows, imports, outbox, lots, entries, commands, purchases, payments, subscriptions, identities, members,
-                 organisations, accounts, allocations CASCADE;
-        ALTER TABLE entries ENABLE TRIGGER USER; ALTER TABLE accounts ENABLE TRIGGER USER;
-        COMMIT;
-    """)

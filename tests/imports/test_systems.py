@@ -50,7 +50,9 @@ AMOUNT = "subscription_delta + purchased_delta"
 
 async def test_two_rows_of_one_person_become_one_account(move: Move) -> None:
     """'user' 15 and 'individual' 5: one account with 20, entries say where from, and the report says that there were two."""
-    await old(move, "credits-records", credits=[(ANN, "user", 15, 15, 0), (ANN, "individual", 5, 5, 0)])
+    await old(
+        move, "credits-records", credits=[(ANN, "user", 15, 15, 0), (ANN, "individual", 5, 5, 0)]
+    )
 
     (report,) = await move.bring("credits-records")
 
@@ -105,7 +107,7 @@ async def test_what_was_bought_and_not_used_is_purchased(
 async def test_pools_are_split_by_the_formula(
     move: Move, expected: tuple[int, int, int], balance: int, log: list[tuple[int, str]]
 ) -> None:
-    """purchased = greatest(0, least(balance, what was bought)), the rest is of the subscription pool (scenario 14)."""
+    """Purchased = greatest(0, least(balance, what was bought)), the rest is of the subscription pool (scenario 14)."""
     lines = [(ANN, amount, type_, f"pi_{at}", THEN) for at, (amount, type_) in enumerate(log)]
     await old(move, "profiles", profiles=[(ANN, balance)], credit_transactions=lines)
     await move.bring("profiles")
@@ -122,13 +124,22 @@ async def test_pools_are_split_by_the_formula(
 
 def refunded(payment: str, amount: int, of: int) -> Any:
     """A charge of which so much went back."""
-    charge = {"id": f"ch_{payment}", "object": "charge", "payment_intent": payment, "amount": of, "amount_refunded": amount}
+    charge = {
+        "id": f"ch_{payment}",
+        "object": "charge",
+        "payment_intent": payment,
+        "amount": of,
+        "amount_refunded": amount,
+    }
     return stripe("charge.refunded", charge)
 
 
 async def test_a_refund_of_an_imported_purchase_claws_back_its_own_lot(move: Move) -> None:
     """What is left of the pack that was paid with that payment goes first, in the share of the money that went back."""
-    log = [(ANN, 100, "purchase", "pi_old", THEN), (ANN, 50, "purchase", "pi_new", THEN + timedelta(days=1))]
+    log = [
+        (ANN, 100, "purchase", "pi_old", THEN),
+        (ANN, 50, "purchase", "pi_new", THEN + timedelta(days=1)),
+    ]
     await old(move, "profiles", profiles=[(ANN, 120)], credit_transactions=log)
     await move.bring("profiles")
     assert await move.money(ANN) == (0, 120, 0)
@@ -164,7 +175,12 @@ def pack_of(session: str, user: str) -> Any:
 
 async def test_a_sale_that_stripe_told_of_before_is_left_out_and_listed(move: Move) -> None:
     """What the old system spent of it is taken, so that the balance is the old one; it is found in the sums."""
-    await old(move, "profiles", profiles=[(ANN, 70)], credit_transactions=[(ANN, 100, "purchase", "pi_cs_1", THEN)])
+    await old(
+        move,
+        "profiles",
+        profiles=[(ANN, 70)],
+        credit_transactions=[(ANN, 100, "purchase", "pi_cs_1", THEN)],
+    )
     await move.apply(pack_of("cs_1", ANN))
 
     (foreseen,) = await move.bring("profiles", live=False)
@@ -178,11 +194,18 @@ async def test_a_sale_that_stripe_told_of_before_is_left_out_and_listed(move: Mo
 
 async def test_a_renewal_leaves_imported_credits_untouched(move: Move) -> None:
     """Purchased ones never expire; those of the subscription pool end when the person who imports said so."""
-    await old(move, "profiles", profiles=[(ANN, 150)], credit_transactions=[(ANN, 100, "purchase", "pi_1", THEN)])
+    await old(
+        move,
+        "profiles",
+        profiles=[(ANN, 150)],
+        credit_transactions=[(ANN, 100, "purchase", "pi_1", THEN)],
+    )
     await move.bring("profiles", subscription_expires_at=NOW + timedelta(days=3))
     start, end = NOW - timedelta(days=40), NOW - timedelta(days=10)
     for number, (since, until) in enumerate([(start, end), (end, NOW + timedelta(days=20))]):
-        await move.apply(invoice(f"in_{number}", "sub_1", "cus_1", start=since, end=until, user=ANN))
+        await move.apply(
+            invoice(f"in_{number}", "sub_1", "cus_1", start=since, end=until, user=ANN)
+        )
 
     assert await move.money(ANN) == (850, 100, 0)
     ends = "SELECT expires_at FROM lots WHERE source_kind = 'import'"
@@ -211,7 +234,11 @@ async def test_the_verification_finds_what_is_not_right(move: Move) -> None:
     await move.source.execute("UPDATE profiles SET credits_balance = 21 WHERE id = $1", ANN)
     await more(move, profiles=[(ANN.replace("1", "9"), 1)])
 
-    assert {wrong.field for wrong in await move.wrong("profiles")} == {"balance", "subscription", "rows"}
+    assert {wrong.field for wrong in await move.wrong("profiles")} == {
+        "balance",
+        "subscription",
+        "rows",
+    }
     reports = {report.owner: report for report in await move.bring("profiles")}
     assert reports[ANN].state == "changed"
     assert await move.money(ANN) == (20, 0, 0)
@@ -260,7 +287,9 @@ async def test_a_history_comes_along_with_its_own_times(move: Move) -> None:
     await old(move, "practitioner-credits", credits=[(ANN, 49)], credit_transactions=log)
     await move.bring("practitioner-credits")
 
-    told = await entries(move, ANN, "kind", AMOUNT, "balance_before", "cause ->> 'old_type'", "occurred_at")
+    told = await entries(
+        move, ANN, "kind", AMOUNT, "balance_before", "cause ->> 'old_type'", "occurred_at"
+    )
     assert told == [
         ("session_earning", 20, 0, "bonus", THEN),
         ("promotion", 5, 20, "bonus", THEN + timedelta(days=1)),
@@ -286,7 +315,10 @@ async def test_a_history_that_does_not_add_up_comes_as_its_difference(move: Move
 
 async def test_a_history_comes_only_into_an_account_without_one(move: Move) -> None:
     """Elsewhere the balance comes alone."""
-    log = [(ANN, 20, 0, 20, "purchase", None, THEN), (ANN, -5, 20, 15, "session_payment", None, THEN)]
+    log = [
+        (ANN, 20, 0, 20, "purchase", None, THEN),
+        (ANN, -5, 20, 15, "session_payment", None, THEN),
+    ]
     await old(move, "practitioner-credits", credits=[(ANN, 15)], credit_transactions=log)
     await move.apply(grant(ANN, 1))
     await move.bring("practitioner-credits")
@@ -296,10 +328,15 @@ async def test_a_history_comes_only_into_an_account_without_one(move: Move) -> N
 
 async def test_lines_without_a_balance_are_listed(move: Move) -> None:
     """They are nobody's credits: told, and not brought."""
-    await old(move, "practitioner-credits", credit_transactions=[(ANN, 20, 0, 20, "purchase", None, THEN)])
+    await old(
+        move, "practitioner-credits", credit_transactions=[(ANN, 20, 0, 20, "purchase", None, THEN)]
+    )
     (report,) = await move.bring("practitioner-credits")
 
-    assert (report.owner, report.notes) == (ANN, ["1 lines without a balance, 20 credits in all: not brought"])
+    assert (report.owner, report.notes) == (
+        ANN,
+        ["1 lines without a balance, 20 credits in all: not brought"],
+    )
     assert await move.balances() == {}
 
 
@@ -308,7 +345,16 @@ async def test_lines_without_a_balance_are_listed(move: Move) -> None:
 
 async def test_points_of_a_login_are_those_of_its_person(move: Move) -> None:
     """Mapping, addresses, customer and subscription come along; metadata say whom the login was resolved to."""
-    subscription = ("ba_1", "pro", "active", "monthly", NOW + timedelta(days=9), '{"plan": "x"}', "cus_1", "sub_1")
+    subscription = (
+        "ba_1",
+        "pro",
+        "active",
+        "monthly",
+        NOW + timedelta(days=9),
+        '{"plan": "x"}',
+        "cus_1",
+        "sub_1",
+    )
     await old(
         move, "points",
         bestauth_users=[("ba_1", "Ann@Example.COM")], user_id_mapping=[("ba_1", ANN)],
@@ -319,13 +365,21 @@ async def test_points_of_a_login_are_those_of_its_person(move: Move) -> None:
     await move.bring("points")
 
     assert await move.balances() == {ANN: 35}
-    known = {(row["provider"], row["external_id"]): row["owner"] for row in await move.owner.fetch("SELECT * FROM identities")}
+    known = {
+        (row["provider"], row["external_id"]): row["owner"]
+        for row in await move.owner.fetch("SELECT * FROM identities")
+    }
     assert {name: known.get(name) for name in [("bestauth", "ba_1"), ("email", "ann@example.com"), ("stripe", "cus_1")]} == {
         ("bestauth", "ba_1"): f"user:{ANN}", ("email", "ann@example.com"): f"user:{ANN}", ("stripe", "cus_1"): f"user:{ANN}",
     }  # fmt: skip
-    row = await move.owner.fetchrow("SELECT account_id, plan, metadata ->> 'resolved_supabase_user_id' FROM subscriptions")
+    row = await move.owner.fetchrow(
+        "SELECT account_id, plan, metadata ->> 'resolved_supabase_user_id' FROM subscriptions"
+    )
     assert tuple(row) == (f"user:{ANN}", "pro_monthly", ANN)
-    assert await move.owner.fetchval("SELECT tier FROM accounts WHERE account_id = $1", f"user:{ANN}") == "pro"
+    assert (
+        await move.owner.fetchval("SELECT tier FROM accounts WHERE account_id = $1", f"user:{ANN}")
+        == "pro"
+    )
     await move.apply(complete("g1", "ba_1", kind="image"))
     assert await move.balances() == {ANN: 31}
     await move.whole()
@@ -351,13 +405,22 @@ async def test_ids_resolve_by_the_layers(move: Move) -> None:
 
 async def test_what_two_people_share_is_linked_to_neither(move: Move) -> None:
     """One Stripe customer, one address in two spellings: a person decides, and is told."""
-    subscriptions = [(f"ba_{one}", "pro", "active", "monthly", None, None, "cus_1", f"sub_{one}") for one in "12"]
+    subscriptions = [
+        (f"ba_{one}", "pro", "active", "monthly", None, None, "cus_1", f"sub_{one}") for one in "12"
+    ]
     users = [("ba_1", "a@example.com"), ("ba_2", "A@example.com")]
     await old(move, "points", bestauth_users=users, bestauth_subscriptions=subscriptions)
     reports = await move.bring("points")
 
-    assert all(len([note for note in report.notes if "not linked" in note]) == 2 for report in reports)
-    assert await move.owner.fetchval("SELECT count(*) FROM identities WHERE provider IN ('stripe', 'email')") == 0
+    assert all(
+        len([note for note in report.notes if "not linked" in note]) == 2 for report in reports
+    )
+    assert (
+        await move.owner.fetchval(
+            "SELECT count(*) FROM identities WHERE provider IN ('stripe', 'email')"
+        )
+        == 0
+    )
 
 
 # -- D: users and organisations ------------------------------------------------------------------------------------------
@@ -373,7 +436,9 @@ async def test_a_users_balance_is_the_truth(move: Move) -> None:
     reports = await move.bring("user-org-balances")
 
     assert await move.balances() == {"u1": 50, "u2": 7, "u3": 8}
-    shown = await move.owner.fetch("SELECT organization_id, mode, balance FROM organization_balances ORDER BY 1")
+    shown = await move.owner.fetch(
+        "SELECT organization_id, mode, balance FROM organization_balances ORDER BY 1"
+    )
     assert [tuple(row) for row in shown] == [("o1", "mirror", 50), ("o2", "shared", 0)]
     notes = [note for report in reports for note in report.notes]
     assert notes == [
@@ -416,21 +481,21 @@ async def test_the_organisations_balance_may_be_preferred(move: Move) -> None:
         ),
         (
             "points",
-            "SELECT coalesce(m.supabase_user_id, b.user_id), b.balance, b.lifetime_earned, b.lifetime_spent FROM points_balances b "
-            "LEFT JOIN user_id_mapping m ON m.bestauth_user_id = b.user_id WHERE b.lifetime_earned - b.lifetime_spent = b.balance",
+            ("SELECT coalesce(m.supabase_user_id, b.user_id), b.balance, b.lifetime_earned, b.lifetime_spent FROM points_balances b "
+            "LEFT JOIN user_id_mapping m ON m.bestauth_user_id = b.user_id WHERE b.lifetime_earned - b.lifetime_spent = b.balance"),
             "SELECT user_id, balance, lifetime_earned, lifetime_spent FROM points_balances",
         ),
         (
             "user-org-balances",
-            'SELECT b."organizationId", b.balance FROM credit_balances b JOIN (SELECT "organizationId", sum("creditBalance") AS credits, '
+            ('SELECT b."organizationId", b.balance FROM credit_balances b JOIN (SELECT "organizationId", sum("creditBalance") AS credits, '
             'count(*) AS members FROM users GROUP BY 1) u USING ("organizationId") WHERE u.credits = b.balance AND u.members = 1 '
-            "AND b.balance >= 0",
+            "AND b.balance >= 0"),
             "SELECT organization_id, balance FROM organization_balances WHERE mode = 'mirror'",
         ),
         (
             "profiles",
-            "SELECT t.user_id::text, sum(t.amount), count(*) FROM credit_transactions t JOIN profiles p ON p.id = t.user_id "
-            "WHERE t.type = 'purchase' AND t.amount > 0 GROUP BY 1",
+            ("SELECT t.user_id::text, sum(t.amount), count(*) FROM credit_transactions t JOIN profiles p ON p.id = t.user_id "
+            "WHERE t.type = 'purchase' AND t.amount > 0 GROUP BY 1"),
             "SELECT user_id, sum(amount), count(*) FROM credit_transactions WHERE type = 'purchase' AND amount > 0 GROUP BY 1",
         ),
     ],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from workers.operations.dead_letters import Pool
     from workers.operations.imports import AccountReport, Import, Options, Totals
     from workers.operations.imports.engine import RolledBack, Wrong
+    from workers.operations.imports.sync import Step
 
 commands = typer.Typer(**OPTIONS)
 T = TypeVar("T")
@@ -359,10 +360,15 @@ def tell_json_rest(**told: Any) -> None:
 
 def _with_source(source: str, work: "Callable[[Pool], Coroutine[Any, Any, T]]") -> T:
     """Do something with the ledger and a source; what keeps us from the source is told as the source's."""
-    import asyncpg
+    from workers.operations.imports import SourceError
 
-    from workers.operations.imports.source import SourceError
-    from workers.up.reach import address_of, in_short
+    async def nothing() -> None:
+        import asyncpg
+
+        from workers.operations.imports.source import CONNECT_SECONDS
+
+        connection = await asyncpg.connect(source, timeout=CONNECT_SECONDS, statement_cache_size=0)
+        connection.terminate()
 
     async def told_apart(pool: "Pool") -> T:
         try:
@@ -370,22 +376,83 @@ def _with_source(source: str, work: "Callable[[Pool], Coroutine[Any, Any, T]]") 
         except SourceError as error:
             raise UnusableError(str(error)) from error
 
-    async def reached() -> None:
-        from workers.operations.imports.source import CONNECT_SECONDS
+    _reaching(source, nothing)
+    return with_database(told_apart)
 
-        connection = await asyncpg.connect(source, timeout=CONNECT_SECONDS, statement_cache_size=0)
-        connection.terminate()
+
+def _reaching(source: str, work: "Callable[[], Coroutine[Any, Any, T]]") -> T:
+    """Do something with a source alone. Raises UnusableError where it cannot be used."""
+    import asyncpg
+
+    from workers.operations.imports import SourceError
+    from workers.up.reach import address_of, in_short
 
     try:
-        asyncio.run(reached())
+        return asyncio.run(work())
+    except SourceError as error:
+        raise UnusableError(str(error)) from error
     except (
         OSError,
-        TimeoutError,
         asyncpg.PostgresError,
+        asyncpg.InterfaceError,
         asyncpg.ClientConfigurationError,
         ValueError,
     ) as error:
         raise UnusableError(
             f"the source at {address_of(source)} cannot be used ({in_short(error)}): start it, or mend --source"
         ) from error
-    return with_database(told_apart)
+
+
+# -- an old system's organisations ------------------------------------------------------------------------------------------
+
+
+@commands.command()
+def sync(
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The old database; the ledger's own if it is not given.",
+            envvar="CREDITS_SOURCE_URL",
+        ),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Write it; without this nothing is written.")
+    ] = False,
+    prefer: Prefer = "user",
+    schema: Schema = None,
+    as_json: Json = False,
+) -> int:
+    """Bring an old system's organisation balances into step with its users': the user's is the truth. Safe to repeat."""
+    from workers.operations.imports.sync import sync as bring_into_step
+    from workers.settings import require
+
+    if prefer not in {"user", "organisation"}:
+        raise UnusableError(f"--prefer {prefer} is none: it is user or organisation")
+    dsn = source or require(operator_settings().database_url, "database_url")
+    truth: Any = prefer
+
+    async def work() -> "list[Step]":
+        steps = bring_into_step(dsn, prefer=truth, live=live, schema=schema)
+        return [step async for step in steps]
+
+    found = _reaching(dsn, work)
+    left = [step for step in found if not live or step.done in {"by hand", "meanwhile"}]
+    if as_json:
+        told = [{**step._asdict(), "balance": step.balance and f"{step.balance:f}", "theirs": f"{step.theirs:f}"} for step in found]  # fmt: skip
+        tell_json({"live": live, "out_of_step": told})
+        return PROBLEMS if left else WELL
+    for step in found[:ACCOUNTS_SHOWN_MAX]:
+        has = "no balance" if step.balance is None else f"{step.balance:,f}"
+        what = {"organisation": "set to its members'", "user": "its member is credited"}
+        sys.stdout.write(
+            f"{visible(step.organisation)}: {has}, {step.members} members have {step.theirs:,f}: "
+            f"{what.get(step.done, 'left as it is')} ({step.reason})\n"
+        )
+    if not found:
+        text = "Every organisation is in step with its members."
+    elif live:
+        text = f"{len(found) - len(left):,} organisations brought into step, {len(left):,} left as they are."
+    else:
+        text = f"{len(found):,} organisations are out of step. Nothing was written: add --live."
+    sys.stdout.write(text + "\n")
+    return PROBLEMS if left else WELL

@@ -524,7 +524,8 @@ def _without(row: Row, brought: set[tuple[str | None, str]]) -> Row:
     def plain(entry: ImportedEntry) -> ImportedEntry:
         if (row.key, entry.purchase_key) not in brought:
             return entry
-        return replace(entry, purchase_key=None, payment_id=None, paid=None)
+        reference = f"import {row.key}"
+        return replace(entry, reference=reference, purchase_key=None, payment_id=None, paid=None)
 
     return replace(
         row, entries=tuple(map(plain, row.entries)), history=tuple(map(plain, row.history))
