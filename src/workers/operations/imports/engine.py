@@ -48,7 +48,7 @@ from workers.store.ids import new_ids
 from workers.store.load import Connection, find_identities
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
-State: TypeAlias = Literal["new", "imported", "refused", "changed"]
+State: TypeAlias = Literal["new", "imported", "refused", "changed", "listed"]
 
 SCOPE = "import"
 # One transaction brings at most so many entries: a second or two of locks.
@@ -138,7 +138,8 @@ GROUP BY 1 HAVING sum(l.held) > 0
 class AccountReport:
     """What an import makes of one owner: what the old system had, what comes of it here, and every difference.
 
-    `state` is `new` (will be brought, or was just now), `imported` before, `changed` since it was imported, or `refused`.
+    `state` is `new` (will be brought, or was just now), `imported` before, `changed` since it was imported, `refused`, or
+    `listed` where there is nothing to bring.
     """
 
     owner: str
@@ -347,7 +348,7 @@ class Import:
                     f"{row.key} had {one.balance} when it was imported and has {row.balance} now: not brought"
                 )
         if not person.rows and state == "new":
-            state = "imported"  # nothing to bring: a finding alone
+            state = "listed"
         report = AccountReport(
             owner=person.owner,
             account_id=account_id,
