@@ -12,12 +12,13 @@ from tests.system.world import ACCOUNT, World, eventually
 from .kit import Program, python, surroundings
 
 WORLD: dict[str, Any] = {"partitions": 1}
+IN_PUBLIC = "?search_path=public"
 
 
 @pytest.fixture
 async def old(database_url: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection to the old system's database."""
-    connection = await asyncpg.connect(database_url)
+    """A connection to the old system's database, where its tables stand apart from the ledger's schema."""
+    connection = await asyncpg.connect(database_url + IN_PUBLIC)
     yield connection
     await connection.close()
 
@@ -81,7 +82,7 @@ async def test_the_old_tables_follow_the_ledger(
     ):
         await world.applied(await world.publish(ACCOUNT, type_, data))
         # A group of its own is told everything from the beginning.
-        told = surroundings(world, CREDITS_SOURCE_URL=database_url, FEED_GROUP=f"{user}-{version}")
+        told = surroundings(world, CREDITS_SOURCE_URL=database_url + IN_PUBLIC, FEED_GROUP=f"{user}-{version}")
         program = await Program.start((*python("legacy/feed.py"), kind), told, world.news)
 
         async def has_come(wanted: int = version, program: Program = program) -> bool:
