@@ -28,6 +28,7 @@ from workers.operations.imports import (
 )
 from workers.operations.imports.engine import RolledBack
 from workers.operations.imports.source import open_source
+from workers.operations.why import explain
 from workers.store.database import open_pool
 from workers.store.set_aside import Work
 
@@ -113,6 +114,15 @@ class Move:
             "ON o.id = e.entry_id WHERE o.id IS NULL OR e.entry_id IS NULL"
         )
         assert untold == 0
+
+    async def explained(self, count: int) -> None:
+        """So many accounts with most entries are explained without a doubt."""
+        rows = await self.owner.fetch(
+            "SELECT account_id::text FROM accounts ORDER BY version DESC, 1 LIMIT $1", count
+        )
+        for row in rows:
+            told = await explain(self.pool, row[0], catalogue=CATALOGUE)
+            assert told.problems == [], told
 
     async def command_line(self, *arguments: str, chunk: int = 500) -> asyncio.subprocess.Process:
         """`credits` as a process of its own, with chunks of that many accounts."""

@@ -140,6 +140,42 @@ def test_wrong_usage_exits_2(
     assert "secret" not in told
 
 
+def test_what_the_source_refuses_is_told_as_the_sources(
+    capsys: pytest.CaptureFixture[str], source_url: str
+) -> None:
+    """Neither a right nor a column that is missing there is looked for in the ledger."""
+    in_database(
+        source_url,
+        "CREATE TABLE profiles (id text)",
+        old_books.TABLES["profiles"].partition(";")[2],
+        "SELECT 1",
+    )
+    assert cli.run(["import", "profiles", "--source", source_url]) == 2
+    told = capsys.readouterr().err
+    assert "the source cannot be read" in told
+    assert "credits_balance" in told
+
+
+def test_a_source_in_the_ledgers_own_database(
+    capsys: pytest.CaptureFixture[str], database_url: str
+) -> None:
+    """The old tables are found beside the ledger's views of the same names."""
+    beside = f"{database_url}?search_path=public"
+    in_database(
+        beside,
+        old_books.TABLES["profiles"],
+        f"INSERT INTO profiles VALUES ('{ANN}', 7)",
+        "SELECT 1",
+    )
+    try:
+        assert cli.run(["import", "profiles", "--source", database_url, "--live"]) == 0
+        assert "Old balances 7 = 7 here" in capsys.readouterr().out
+    finally:
+        in_database(
+            beside, "DROP TABLE profiles, credit_transactions, credit_expiration_events", "SELECT 1"
+        )
+
+
 def test_missing_columns_are_all_named(capsys: pytest.CaptureFixture[str], source_url: str) -> None:
     """Those that are there are told too."""
     in_database(

@@ -50,6 +50,7 @@ async def test_everybody_has_what_he_had(move: Move, kind: str) -> None:
     assert not {"refused", "changed"} & {report.state for report in reports}
     assert await move.wrong(kind) == []
     await move.whole()
+    await move.explained(10)
     assert await old_books.checksum(move.source) == before
 
 
@@ -111,6 +112,7 @@ async def test_all_of_it_goes_back(move: Move, kind: str) -> None:
         == 0
     )
     await move.whole()
+    await move.explained(10)
     entries = await move.owner.fetchval("SELECT count(*) FROM entries")
     assert await move.roll_back() == []
     assert await move.owner.fetchval("SELECT count(*) FROM entries") == entries

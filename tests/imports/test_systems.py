@@ -260,6 +260,18 @@ async def test_what_is_spent_here_stays_spent_when_the_import_goes_back(move: Mo
     await move.whole()
 
 
+async def test_what_was_merged_since_goes_back_from_its_heir(move: Move) -> None:
+    """The lots went there, and that is where they are taken."""
+    await old(move, "profiles", profiles=[(ANN, 20), (BOB, 50)])
+    await move.bring("profiles")
+    await move.apply(event("user.merged", from_user_id=BOB, to_user_id=ANN), grant(ANN, 1))
+    assert await move.money(ANN) == (70, 1, 0)
+
+    await move.roll_back()
+    assert await move.money(ANN) == (0, 1, 0)
+    await move.whole()
+
+
 async def test_an_import_into_an_account_with_a_past_adds_to_it(move: Move) -> None:
     """A debt here is paid by what comes, and is owed again when that goes back."""
     await old(move, "profiles", profiles=[(ANN, 20), (BOB, -7)])

@@ -5,7 +5,7 @@ that an import needs is looked for before anything is read.
 """
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 import asyncpg
 
@@ -45,10 +45,27 @@ class Source:
         self.tables = tables
 
     async def records(self, query: str) -> "AsyncGenerator[list[asyncpg.Record], None]":
-        """The records of a query, some at a time."""
-        cursor = await self._connection.cursor(query, timeout=QUERY_SECONDS_MAX)
-        while records := await cursor.fetch(ROWS_AT_ONCE, timeout=QUERY_SECONDS_MAX):
+        """The records of a query, some at a time. Raises SourceError when the source does not answer it."""
+        with _told_as_the_sources():
+            cursor = await self._connection.cursor(query, timeout=QUERY_SECONDS_MAX)
+        while True:
+            with _told_as_the_sources():
+                records = await cursor.fetch(ROWS_AT_ONCE, timeout=QUERY_SECONDS_MAX)
+            if not records:
+                return
             yield records
+
+
+@contextlib.contextmanager
+def _told_as_the_sources() -> Iterator[None]:
+    """What goes wrong there is not the ledger's."""
+    try:
+        yield
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SourceError(
+            f"the source cannot be read ({text}): mend it and run this again; what was brought stays brought"
+        ) from error
 
 
 @contextlib.asynccontextmanager
@@ -58,8 +75,8 @@ async def open_source(
     """Connect, check the columns, and hold one snapshot.
 
     Raises:
-        SourceError: a table or a column is not there.
-        OSError, asyncpg errors: the database cannot be reached or not be read.
+        SourceError: a table or a column is not there, or may not be read.
+        OSError, asyncpg errors: the database cannot be reached.
     """
     # No cache of statements: a pooler may stand between.
     connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, statement_cache_size=0)
