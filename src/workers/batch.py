@@ -257,6 +257,47 @@ class Ledger:
             await record_publications(connection, decided.publications)
             return decided.execution.decisions[0]
 
+    async def decide(
+        self,
+        understood: Sequence[Understood],
+        beside: Callable[[Connection, Sequence[Decision]], Awaitable[None]],
+    ) -> Sequence[Decision]:
+        """Decide commands that no record carries, in order and in one transaction with what `beside` writes of them.
+
+        Raises:
+            ResolvedOtherwise: one of them means somebody else after those before it: decide fewer at once.
+            OSError, asyncpg errors: nothing was written (`failures.classify`).
+        """
+        return await self._loading_anew(lambda: self._decide_together(understood, beside))
+
+    async def _decide_together(
+        self,
+        understood: Sequence[Understood],
+        beside: Callable[[Connection, Sequence[Decision]], Awaitable[None]],
+    ) -> Sequence[Decision]:
+        async with (
+            self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection,
+            connection.transaction(),
+        ):
+            mentioned = {id_ for one in understood for id_ in one.external_ids}
+            known = await find_identities(connection, mentioned)
+            identities = Identities(known)
+            commands: list[Command] = []
+            answers = []
+            for one in understood:
+                built = one.build(identities)
+                if not isinstance(built, Command):
+                    raise Refused("unresolved", built.detail)
+                answers.append((len(commands), identities.take_answers()))
+                commands.append(built)
+                _suppose(identities, built)
+            decided = await self._decide(
+                connection, commands, mentioned, known, answers, self._sources.catalogue
+            )
+            await record_publications(connection, decided.publications)
+            await beside(connection, decided.execution.decisions)
+            return decided.execution.decisions
+
     async def _apply_parked(
         self, limit: int, refusals: Mapping[int | None, Refused]
     ) -> Report | None:

@@ -453,7 +453,7 @@ class Ledger:
 
     def _load_lots(self, state: Snapshot, reach: Reach, giving: set[str]) -> None:
         """What business objects name; of each pool the first lot, and further ones while they do not cover what is asked."""
-        asked, wanted = demands(reach, state), named_lots(state)
+        asked, wanted = demands(reach, state), named_lots(reach, state)
         for name, account in state.accounts.items():
             account.whole = self.all_lots or name in giving
             if account.whole:

@@ -5,7 +5,16 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from workers.ledger.commands import Action, ImportCredits, ImportedEntry, ImportedKind, Pool
+from workers.ledger.commands import (
+    Action,
+    ImportCredits,
+    ImportedEntry,
+    ImportedKind,
+    PaymentIds,
+    Pool,
+    RefundCharge,
+    RollBackImport,
+)
 from workers.ledger.grants import BALANCE_MAX
 
 from .kit import (
@@ -424,3 +433,91 @@ def test_a_sign_up_grant_of_the_old_system_is_the_persons_one() -> None:
     assert after(import_books(row(15, "signup_grant")), register()).money(ANN) == Money(
         purchased=15
     )
+
+
+# -- histories, what was spent there, what is taken back -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kinds", "before"),
+    [(["session_earning", "booking_debit"], []), (["promotion", "import"], [grant(1)])],
+    ids=["an account without entries", "an account with a past"],
+)
+def test_a_history_comes_into_an_empty_account_alone(
+    kinds: list[str], before: list[Action]
+) -> None:
+    """Elsewhere the balance comes in its place; either way the row came once."""
+    lines = (row(20, "session_earning"), row(-5, "booking_debit"))
+    books = ImportCredits(ANN, "profiles:1", (row(15),), history=lines)
+    ledger = after(*before, books)
+
+    assert ledger.kinds(ANN) == kinds
+    assert ledger.money(ANN).purchased == 15 + len(before)
+    assert ledger.do(books) == "duplicate"
+
+
+def test_what_was_spent_there_is_taken_of_its_own_lot() -> None:
+    """Not of what the order of consumption would take first."""
+    ledger = after(
+        grant(50, pool="subscription", expires_at=START + timedelta(days=9)),
+        import_books(replace(sale(), spent=80)),
+    )
+
+    assert ledger.money(ANN) == Money(subscription=50, purchased=20)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["stripe first", "old books first"])
+def test_a_sale_is_known_by_its_payment(first: bool) -> None:
+    """Old books that know the payment alone and Stripe, which names the session, mean one sale; what was spent counts."""
+    books = import_books(replace(sale(key="import:sale:pi_1"), spent=30))
+    ledger = after(*([buy(), books] if first else [books]))
+    if not first:
+        assert ledger.do(buy()) == "duplicate"
+
+    assert ledger.money(ANN) == Money(purchased=70)
+
+
+def test_what_was_paid_may_be_told_by_the_charge() -> None:
+    """A sale whose old books did not know it is clawed back in the share that its charge tells."""
+    ledger = after(import_books(sale(paid=None)))
+    ledger.given(RefundCharge(PaymentIds("pi_1"), 250, 1000))
+
+    assert ledger.money(ANN) == Money(purchased=75)
+    prove(ledger)
+
+
+@pytest.mark.parametrize(
+    ("left", "what", "books", "since"),
+    [
+        (Money(), "nothing happened since", [row(15)], []),
+        (Money(), "some was spent here", [row(15)], [request(8), complete(8)]),
+        (Money(purchased=9), "more came here", [row(15)], [grant(9)]),
+        (Money(), "it was owed", [row(-5, "adjustment")], []),
+        (Money(purchased=9), "what was owed is paid", [row(-5, "adjustment")], [grant(9)]),
+        (Money(), "spent first, bought later", [row(-5, "adjustment"), row(15)], []),
+        (Money(purchased=15, held=15), "it is held", [row(15)], [request(15)]),
+    ],
+)  # fmt: skip
+def test_an_import_is_taken_back(
+    left: Money, what: str, books: list[ImportedEntry], since: list[Action]
+) -> None:
+    """What is left of its lots leaves, what it took comes back; what was spent here stays spent, and is not owed."""
+    ledger = after(import_books(*books))
+    lots = frozenset(ledger.lot_rows)
+    debt = sum(entry.debt_delta for entry in ledger.entries[ANN])
+    ledger.given(*since)
+    ledger.do(RollBackImport(ANN, lots, debt))
+
+    assert ledger.money(ANN) == left
+    prove(ledger)
+
+
+def test_a_debt_that_an_import_paid_is_owed_again() -> None:
+    """Taking it back leaves what there was before it."""
+    ledger = after(buy(), complete(100), give_money_back(1000))
+    known = set(ledger.lot_rows)
+    ledger.given(import_books(row(30)))
+    ledger.given(RollBackImport(ANN, frozenset(ledger.lot_rows.keys() - known), -30))
+
+    assert ledger.money(ANN) == Money(debt=100)
+    prove(ledger)

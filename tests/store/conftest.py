@@ -41,7 +41,7 @@ DELETE FROM outbox; DELETE FROM parked; DELETE FROM dead_letters; DELETE FROM lo
 DELETE FROM entries; DELETE FROM commands; DELETE FROM generations; DELETE FROM bookings; DELETE FROM purchases; DELETE FROM allocations;
 DELETE FROM payments; DELETE FROM refunds; DELETE FROM disputes; DELETE FROM subscriptions; DELETE FROM customers; DELETE FROM stripe_objects;
 DELETE FROM identities; DELETE FROM organisations; DELETE FROM usage_days; DELETE FROM heartbeats;
-DELETE FROM accounts; DELETE FROM activity; DELETE FROM unusual;
+DELETE FROM imported_rows; DELETE FROM imports; DELETE FROM accounts; DELETE FROM activity; DELETE FROM unusual;
 UPDATE patrol SET read_until = now() - interval '8 days', judged_from = date_trunc('hour', now(), 'UTC') - interval '1 hour';
 ALTER TABLE entries ENABLE ALWAYS TRIGGER entries_are_append_only;
 COMMIT;

@@ -43,10 +43,13 @@ WORKER = {
     "activity": "SELECT INSERT UPDATE DELETE",
     "unusual": "SELECT INSERT UPDATE DELETE",
     "patrol": "SELECT UPDATE",
+    "imports": "SELECT INSERT UPDATE",
+    "imported_rows": "SELECT INSERT UPDATE",
     "user_credits": "SELECT",
     "credit_transactions": "SELECT",
     "organization_balances": "SELECT",
     "organization_members": "SELECT",
+    "points_balances": "SELECT",
     "holds": "SELECT",
 }
 VIEWS = {
@@ -54,6 +57,7 @@ VIEWS = {
     "credit_transactions",
     "organization_balances",
     "organization_members",
+    "points_balances",
     "holds",
 }
 EXPECTED = {

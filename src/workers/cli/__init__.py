@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
-from workers.cli import asking, auditing, books, contract, letters, looking, running
+from workers.cli import asking, auditing, books, contract, importing, letters, looking, running
 from workers.cli.shared import OPTIONS, UNUSABLE, WELL
 from workers.up.reach import in_short, is_about_the_connection
 
@@ -21,7 +21,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="credits", help="Own every credit balance: run it, look at it, mend it.", **OPTIONS
 )
-for part in (running, books, asking, looking, auditing, letters, contract):
+for part in (running, books, asking, looking, auditing, letters, importing, contract):
     app.add_typer(part.commands)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, tzinfo
 from typing import Literal, NamedTuple, TypeAlias
+from uuid import UUID
 
 Pool: TypeAlias = Literal["subscription", "purchased"]
 RefundStatus: TypeAlias = Literal["pending", "succeeded", "failed"]
@@ -25,6 +26,7 @@ ImportedKind: TypeAlias = Literal[
     "generation_debit",
     "generation_refund",
     "booking_debit",
+    "booking_reversal",
     "expiry",
     "clawback",
     "adjustment",
@@ -155,7 +157,7 @@ class ImportedEntry:
     """One line of an old system's books: signed credits, with the time that it had there.
 
     `purchase_key` and `payment_id` name the sale behind it, so that its other events grant nothing and a later refund
-    finds its lot; `paid` is in the currency's smallest unit.
+    finds its lot; `paid` is in the currency's smallest unit. `spent` is how much of an inflow the old system had spent.
     """
 
     kind: ImportedKind
@@ -167,15 +169,33 @@ class ImportedEntry:
     purchase_key: str | None = None
     payment_id: str | None = None
     paid: int | None = None
+    spent: int = 0
+    references: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ImportCredits:
-    """What an old system knew of an owner, oldest first. `import_key` is the business key: one source row."""
+    """What an old system knew of an owner, oldest first. `import_key` is the business key: one source row.
+
+    `history` is what led to the same balance; it is written instead of `entries` where the account has no entry yet.
+    """
 
     account: str
     import_key: str
     entries: tuple[ImportedEntry, ...]
+    references: dict[str, str] = field(default_factory=dict)
+    history: tuple[ImportedEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RollBackImport:
+    """Take back what imports brought: what is left of their `lots`, and what they took besides, of other lots or as debt;
+    less than nothing where they paid more of an older debt.
+    """
+
+    account: str
+    lots: frozenset[UUID]
+    taken: int
     references: dict[str, str] = field(default_factory=dict)
 
 
@@ -304,10 +324,14 @@ class RefundPayment:
 
 @dataclass(frozen=True, slots=True)
 class RefundCharge:
-    """All that was refunded of a charge so far, from accounts whose events name no single refund (R7)."""
+    """All that was refunded of a charge so far, from accounts whose events name no single refund (R7).
+
+    `charged` is what was paid: an old system's sale may not have known it.
+    """
 
     payment: PaymentIds
     refunded: int
+    charged: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +424,7 @@ Action: TypeAlias = (
     | TransferCredits
     | MergeAccounts
     | ImportCredits
+    | RollBackImport
     | BuyPack
     | StartPeriods
     | RecordSubscription

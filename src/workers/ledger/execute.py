@@ -43,6 +43,7 @@ from workers.ledger.commands import (
     RepairAccount,
     RequestBooking,
     RequestGeneration,
+    RollBackImport,
     Settle,
     StartPeriods,
     TransferCredits,
@@ -140,7 +141,7 @@ def _settle(writer: Writer, action: Settle) -> Outcome:
 def _closed(writer: Writer, action: Action) -> Rejected | None:
     """A closed account accepts nothing new; what only finishes what is open is not asked."""
     if (
-        isinstance(action, CloseAccount | RepairAccount)
+        isinstance(action, CloseAccount | RepairAccount | RollBackImport)
         or generations.finishes(writer, action)
         or bookings.finishes(writer, action)
     ):
@@ -188,6 +189,8 @@ def decide(writer: Writer, action: Action, transaction: Transaction) -> Outcome:
             return grants.close_account(writer, action)
         case ImportCredits():
             return imports.import_credits(writer, action, transaction)
+        case RollBackImport():
+            return imports.roll_back_import(writer, action, transaction)
         case StartPeriods():
             return periods.start_periods(writer, action, transaction)
         case RecordSubscription():
@@ -213,7 +216,7 @@ def references_of(action: Action) -> dict[str, str]:  # noqa: C901, PLR0911, PLR
             return {"generation_id": action.generation_id}
         case RequestBooking() | CancelBooking():
             return {"booking_id": action.booking_id}
-        case BuyPack() | StartPeriods() | ImportCredits():
+        case BuyPack() | StartPeriods() | ImportCredits() | RollBackImport():
             return action.references
         case GrantCredits() | AdjustCredits() | RepairAccount():
             return _with_reason({}, action.reason)

@@ -123,8 +123,8 @@ def transfer_credits(writer: Writer, action: TransferCredits, transaction: Trans
 
 
 def buy_pack(writer: Writer, action: BuyPack, transaction: Transaction) -> Outcome:
-    """R8b: one purchase, one grant, whichever of its events comes first."""
-    if action.purchase_key in writer.state.purchases:
+    """R8b: one purchase, one grant, whichever of its events comes first, and whichever system knew it first."""
+    if action.purchase_key in writer.state.purchases or _was_imported(writer, action):
         return DUPLICATE
     account = writer.account(action.account)
     if too_much(account, action.credits):
@@ -151,3 +151,12 @@ def buy_pack(writer: Writer, action: BuyPack, transaction: Transaction) -> Outco
     )
     payments.net(writer, purchase, transaction)
     return APPLIED
+
+
+def _was_imported(writer: Writer, action: BuyPack) -> bool:
+    """Whether an old system that knew the sale by its payment alone has brought it."""
+    payment = writer.state.payments.get(action.payment_id or "")
+    return payment is not None and any(
+        one.kind == "purchase" and one.purchase_key.startswith("import:")
+        for one in writer.linked.bought(payment)
+    )

@@ -67,8 +67,16 @@ def refund_charge(writer: Writer, action: RefundCharge, transaction: Transaction
     payment = _payment(writer, action.payment)
     if action.refunded > payment.refunded:
         payment.refunded, payment.changed = action.refunded, True
+    _learn_price(writer, payment, action.charged)
     follow(writer, payment, transaction)
     return APPLIED
+
+
+def _learn_price(writer: Writer, payment: Payment, charged: int | None) -> None:
+    """A sale of an old system may have come without what was paid for it; what was charged for it alone is that."""
+    bought = writer.linked.bought(payment)
+    if charged and len(bought) == 1 and bought[0].kind == "purchase" and bought[0].paid is None:
+        bought[0].paid, bought[0].changed = charged, True
 
 
 def dispute_payment(writer: Writer, action: DisputePayment, transaction: Transaction) -> Outcome:

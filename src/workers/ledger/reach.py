@@ -26,6 +26,7 @@ from workers.ledger.commands import (
     RefundPayment,
     RequestBooking,
     RequestGeneration,
+    RollBackImport,
     Settle,
     StartPeriods,
     TransferCredits,
@@ -56,6 +57,7 @@ class Reach:
     modes: dict[str, set[str]] = field(default_factory=dict)
     mirrored: set[str] = field(default_factory=set)
     asked: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    lots: set[UUID] = field(default_factory=set)
 
 
 def reach_of(
@@ -130,10 +132,14 @@ def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C
         case ImportCredits():
             reach.purchase_keys.add(action.import_key)
             for entry in action.entries:
-                _ask(reach, -entry.credits, action.account)
+                _ask(reach, entry.spent - entry.credits, action.account)
+            for entry in (*action.entries, *action.history):
                 if entry.purchase_key is not None:
                     reach.purchase_keys.add(entry.purchase_key)
                 _add_money(reach, entry.payment_id)
+        case RollBackImport():
+            reach.lots.update(action.lots)
+            _ask(reach, -action.taken, action.account)
         case _:
             pass
 
@@ -159,11 +165,12 @@ def demands(reach: Reach, state: Snapshot) -> dict[str, int]:
     return wanted
 
 
-def named_lots(state: Snapshot) -> set[UUID]:
-    """The lots that loaded business objects name, wherever they stand among others: those that were bought, clawed back,
+def named_lots(reach: Reach, state: Snapshot) -> set[UUID]:
+    """The lots that commands or loaded business objects name, wherever they stand among others: those that were bought, clawed back,
     pinned by holds or earned by bookings.
     """
-    named = {purchase.lot_id for purchase in state.purchases.values()}
+    named: set[UUID | None] = {*reach.lots}
+    named |= {purchase.lot_id for purchase in state.purchases.values()}
     named |= {part.lot_id for purchase in state.purchases.values() for part in purchase.parts}
     named |= {pin.lot_id for one in state.generations.values() for pin in one.pinned}
     named |= {booking.earning_lot for booking in state.bookings.values()}

@@ -62,10 +62,11 @@ class Transaction:
             self._published = self.cause.published(self.references)
         return self._published
 
-    def at(self, occurred_at: datetime, ids: Ids) -> "Transaction":
-        """The same transaction, for a part of it that has a time of its own."""
+    def at(self, occurred_at: datetime, ids: Ids, references: Mapping[str, str]) -> "Transaction":
+        """The same transaction, for a part of it that has a time and references of its own."""
         cause = replace(self.cause, occurred_at=occurred_at)
-        return Transaction(cause, self.references, self.quiet, self.id(ids))
+        own = {**self.references, **references} if references else self.references
+        return Transaction(cause, own, self.quiet, self.id(ids))
 
 
 def by_time(

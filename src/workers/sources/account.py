@@ -105,14 +105,14 @@ def _links(data: Data, identities: Identities) -> tuple[Link, ...]:
         case UserCreated():
             owner = identities.user(data.user_id)
             links = [
-                _link(provider, id_, owner, "user.created", identities)
+                link_of(provider, id_, owner, "user.created", identities)
                 for provider, id_ in _named(data)
             ]
             return tuple(links)
         case UserLinked():
             owner = identities.user(data.user_id)
             ((provider, id_),) = _named(data)
-            return (_link(provider, id_, owner, "user.linked", identities),)
+            return (link_of(provider, id_, owner, "user.linked", identities),)
         case _:
             return ()
 
@@ -127,7 +127,7 @@ def _named(data: UserCreated | UserLinked) -> list[tuple[str, str]]:
     return [(provider, id_.lower() if provider == EMAIL else id_) for provider, id_ in named]
 
 
-def _link(
+def link_of(
     provider: str, external_id: str, owner: str, resolved_by: str, identities: Identities
 ) -> Link:
     """A link; news of it may mean that the id was taken for a user of its own until now (R13). One that means somebody

@@ -412,7 +412,7 @@ def _money_action(type_: str, object_: Any) -> Action | None:
     if type_ == "charge.refunded":
         charge = read_data(Charge, object_)
         payment = _payment(charge.payment_intent, charge.id, f"charge {charge.id}")
-        return RefundCharge(payment, charge.amount_refunded)
+        return RefundCharge(payment, charge.amount_refunded, charge.amount)
     if DISPUTE.fullmatch(type_):
         dispute = read_data(Dispute, object_)
         payment = _payment(dispute.payment_intent, dispute.charge, f"dispute {dispute.id}")

@@ -233,9 +233,10 @@ class Refund(StripeObject):
 
 
 class Charge(StripeObject):
-    """A charge, of which so much was refunded in all."""
+    """A charge of so much, of which so much was refunded in all."""
 
     id: Id
+    amount: Money | None = None
     amount_refunded: Money = 0
     payment_intent: StripeId = None
 

@@ -297,7 +297,7 @@ async def _load_lots(
             if row["in_order"]:
                 in_order[lot.account_id, lot.pool].append(lot)
         lacking = _not_enough(state, lacking, in_order, limit, now)
-        named = named_lots(state) - state.lots.keys() if offset == 0 else set()
+        named = named_lots(reach, state) - state.lots.keys() if offset == 0 else set()
         whole, offset, limit = [], offset + limit, limit * LOTS_GROWTH
     for lot in state.lots.values():
         owner = state.accounts.get(lot.account_id)

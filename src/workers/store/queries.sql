@@ -300,7 +300,8 @@ FROM unnest($1::text[], $2::text[], $3::bigint[]) AS n (booking_id, state, given
 WHERE b.booking_id = ANY (ARRAY[n.booking_id]);
 
 -- name: update_purchases
--- What was clawed back of purchases that were there before, and what paid for those that an audit granted.
+-- What was clawed back of purchases that were there before, what paid for those that an audit granted, and how much it was
+-- where that was told later.
 UPDATE purchases p
 SET clawed = n.clawed, clawed_parts = n.clawed_parts::jsonb, invoice_id = n.invoice_id, payment_id = n.payment_id, paid = n.paid
 FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::bigint[])
