@@ -42,7 +42,7 @@ class Reach:
     """Names only; business objects may add accounts. `money` are Stripe's ids of payments, charges and invoices;
     `merging` are accounts of which even that is needed which no command names. `modes` are those that organisations are
     said to have, and `mirrored` the members of those that are said to be mirrors. `asked` are the credits that each command
-    may take of an account.
+    may take of an account, and `lots` those that a command names.
     """
 
     accounts: set[str] = field(default_factory=set)
@@ -84,7 +84,7 @@ def reach_of(
     return reach
 
 
-def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C901, PLR0912 - flat: each action and what it reads
+def _add(reach: Reach, action: Action, catalogue: Catalogue) -> None:  # noqa: C901, PLR0912, PLR0915 - flat: each action and what it reads
     match action:
         case RequestGeneration() | CompleteGeneration() | EndGeneration() | RefundGeneration():
             reach.generation_ids.add(action.generation_id)
