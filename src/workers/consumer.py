@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, cast
 
 import structlog
@@ -33,15 +35,15 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 from workers import telemetry
 from workers.batch import Ledger, Report
 from workers.messages.record import Record
-from workers.reader import Reader
+from workers.reader import BATCHES_MAX, Reader
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
 from workers.store.failures import classify
 from workers.store.set_aside import Work
 
 log = structlog.get_logger(__name__)
 
-# An idle poll waits this long, and FastStream as long again: the price of an idle worker in latency.
-POLL_MS = 25
+# A poll waits for a record, and looks this often whether the group is still well.
+POLL_MS = 1000
 # Kafka's own minimum. A worker that was killed keeps its partitions for so long.
 SESSION_MS = 6_000
 HEARTBEAT_MS = 2_000
@@ -260,7 +262,7 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             topic,
             group_id=f"{settings.topic_prefix}credit-workers.{self._name}",
             batch=True,
-            max_records=settings.batch_records_max,
+            max_records=BATCHES_MAX * settings.batch_records_max,
             batch_timeout_ms=POLL_MS,
             ack_policy=AckPolicy.MANUAL,
             auto_offset_reset="earliest",
@@ -276,11 +278,15 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         )
         self._subscriber(self._handle)
 
-    async def _handle(self, batch: Sequence[ConsumerRecord[Any, Any]]) -> None:
+    async def _handle(self, polled: Sequence[ConsumerRecord[Any, Any]]) -> None:
+        """Apply what a poll brought side by side: while the database is busy with one batch, we are with another."""
         consumer = self._subscriber.consumer
+        most = self._owner._settings.batch_records_max  # noqa: SLF001 - two halves of one object
         self._idle.clear()
         try:
-            await self._owner.apply(self._name, consumer, batch)
+            async with asyncio.TaskGroup() as together:
+                for batch in batches_of(polled, most):
+                    together.create_task(self._owner.apply(self._name, consumer, batch))
         except Exception as error:  # FastStream would log it and go on with the next batch
             self._owner._on_fault(error)  # noqa: SLF001 - two halves of one object
         finally:
@@ -332,6 +338,19 @@ def observe(report: Report) -> None:
     for (topic, type_), count in report.ignored.items():
         for _ in range(count):
             telemetry.count_ignored(topic, type_)
+
+
+def batches_of(
+    polled: Sequence[ConsumerRecord[Any, Any]], most: int
+) -> list[list[ConsumerRecord[Any, Any]]]:
+    """As few batches as hold at most so many records. All of a partition are in one, so that their order stays."""
+    batches: list[list[ConsumerRecord[Any, Any]]] = [[]]
+    for _, found in groupby(polled, key=attrgetter("partition")):
+        records = list(found)
+        if batches[-1] and len(batches[-1]) + len(records) > most:
+            batches.append([])
+        batches[-1] += records
+    return batches
 
 
 async def _keep_raw(batch: Sequence[ConsumerRecord[Any, Any]]) -> KafkaMessage:

@@ -1,7 +1,8 @@
 """How a command ends: a closed sum. A refusal is a value, recorded like any other outcome (R8, R10)."""
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from workers.ledger.frozen import frozen
 
 Reason: TypeAlias = Literal[
     "insufficient_credits",
@@ -24,12 +25,12 @@ class InvariantViolated(Exception):  # noqa: N818 - it is a statement of fact, n
     """The core was about to break a rule of the ledger: a programmer error. Nothing may be written."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Applied:
     """The command took effect."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rejected:
     """A rule refused the command; nothing changed, and the refusal stands for its key."""
 
@@ -39,12 +40,12 @@ class Rejected:
     available: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Duplicate:
     """It already happened, under this key or under the business key; nothing changed."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Conflict:
     """The key was used before for other content; nothing changed, and the message is a dead letter."""
 

@@ -6,12 +6,12 @@ Source: CloudEvents 1.0.2, Kafka protocol binding. The content type decides the 
 import base64
 import binascii
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import jiter
 
+from workers.ledger.frozen import frozen
 from workers.messages.record import Record, Refused
 
 ID = re.compile(r"[!-~]{1,255}\Z")  # \Z: a `$` would let a newline follow
@@ -33,7 +33,7 @@ DATASCHEMA_VERSION = re.compile(r"/v(\d+)/?$")
 TYPE_VERSION = re.compile(r"^(.*)\.v(\d+)$")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """A CloudEvent whose envelope is right; its data has not been looked at."""
 
