@@ -148,6 +148,7 @@ class Consumer:
             else:
                 self._on_fault(error)
             return
+        self._on_applied(report)  # at once: what there is to publish need not wait for the offsets
         await _commit(consumer, last)
         self._tell(name, batch, last, report, time.perf_counter() - started)
 
@@ -210,7 +211,6 @@ class Consumer:
             duration_ms=round(seconds * 1000, 1),
             offsets={str(partition.partition): offset for partition, offset in last.items()},
         )
-        self._on_applied(report)
 
     # -- when the database is away ----------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ from aiokafka.record.memory_records import _MemoryRecordsPy
 
 log = logging.getLogger(__name__)
 
-# What a poll brings is applied as batches side by side, and a partition's records are of one batch: so no partition may
-# fill a poll alone while others have something.
+# What a poll brings is applied as so many batches side by side, and a partition's records are of one batch: so a partition
+# fills one batch at most, and where it fills it the rest of its records is left for the next poll.
 BATCHES_MAX = 2
 
 
@@ -35,7 +35,8 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
     ) -> dict[TopicPartition, list[ConsumerRecord[Any, Any]]]:
-        """At least one record, and of no partition more than its share of `max_records`. Looks again after `timeout_ms`.
+        """At least one record. All that comes, `max_records` at most, fits into BATCHES_MAX batches as it lies: full ones, if
+        there is enough. Looks again after `timeout_ms`.
 
         Raises what reading a partition raised, if the others have nothing to return.
         """
@@ -48,20 +49,20 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
             except Exception as error:
                 failure = error
         left = max_records or sys.maxsize
-        share = -(-left // BATCHES_MAX)
+        batch = -(-left // BATCHES_MAX)
         left -= len(taken)
         for partition in self._fetched(partitions):
-            known = taken.get(partition, [])
-            most = min(left, share - len(known))
-            if self._subscription.reassignment_in_progress:
+            if left == 0 or self._subscription.reassignment_in_progress:
                 break
+            # What is left of the batch that is being filled.
+            most = min(left % batch or batch, batch - len(taken.get(partition, ())))
             try:
                 more = await super().getmany(partition, max_records=most) if most else {}
             except Exception as error:
                 failure = error
                 continue
             if more:
-                taken[partition] = known + more[partition]
+                taken.setdefault(partition, []).extend(more[partition])
                 left -= len(more[partition])
         if failure is not None:
             if not taken:

@@ -7,7 +7,7 @@ one runs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar, dataclass_transform, overload
+from typing import TYPE_CHECKING, TypeVar, dataclass_transform, overload
 
 Class = TypeVar("Class")
 
@@ -23,3 +23,12 @@ def frozen(
     """A dataclass with slots whose instances can be hashed, and that no code of ours may change."""
     made = dataclass(slots=True, unsafe_hash=True, kw_only=kw_only)
     return made if cls is None else made(cls)
+
+
+if TYPE_CHECKING:
+
+    @frozen
+    class _Guarded:
+        field: int
+
+    _Guarded(1).field = 2  # type: ignore[misc]  # a checker that saw no error here would guard nothing, and says so
