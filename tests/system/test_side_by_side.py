@@ -42,27 +42,26 @@ def test_a_poll_becomes_few_batches_and_each_partition_is_in_one() -> None:
             assert len(before) + sizes[after[0].partition] > MOST, SEED
 
 
-async def test_a_batch_that_has_to_wait_does_not_hold_up_the_others_of_its_poll(
-    world: World,
-) -> None:
-    """One partition's account is locked by somebody: the other partition's records are applied meanwhile."""
+async def test_both_batches_of_a_poll_are_in_the_databases_hands_at_once(world: World) -> None:
+    """Each partition's records want an account that somebody has locked: both batches wait for it, none for the other."""
     world.start_worker()
-    locked, free = await user_with_an_account(world), await user_with_an_account(world)
+    users = [await user_with_an_account(world) for _ in range(2)]
     await world.caught_up(ACCOUNT)
     await world.stop_workers()
-    late, soon = [
+    sent = [
         await world.publish_all(
             ACCOUNT, [("credits.granted", gift(user))] * MOST, partitions=[partition]
         )
-        for partition, user in enumerate((locked, free))
+        for partition, user in enumerate(users)
     ]
 
-    async with held_up(world, locked):
-        worker = world.start_worker()
-        await waiting(world, 1)
-        await world.applied(*soon)
-        assert worker.logs.of("stalled") == []
-        assert [world.answers[id_] for id_ in late] == [[]] * MOST
+    async with held_up(world, users[0]):
+        async with held_up(world, users[1]):
+            world.start_worker()
+            await waiting(world, 2)
+        await world.applied(*sent[1])
+        assert [world.answers[id_] for id_ in sent[0]] == [[]] * MOST
 
-    await check_once(world, locked, late)
+    for user, ids in zip(users, sent, strict=True):
+        await check_once(world, user, ids)
     await world.check_books()
