@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, cast
 
 import structlog
@@ -34,15 +36,15 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 from workers import telemetry
 from workers.batch import Ledger, Report
 from workers.messages.record import Record
-from workers.reader import Reader
+from workers.reader import BATCHES_MAX, Reader
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
 from workers.store.failures import classify
 from workers.store.set_aside import Work
 
 log = structlog.get_logger(__name__)
 
-# An idle poll waits this long, and FastStream as long again: the price of an idle worker in latency.
-POLL_MS = 25
+# A poll waits for a record, and looks this often whether the group is still well.
+POLL_MS = 1000
 # Kafka's own minimum. A worker that was killed keeps its partitions for so long.
 SESSION_MS = 6_000
 HEARTBEAT_MS = 2_000
@@ -126,12 +128,13 @@ class Consumer:
         """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups; what became of them."""
         if self._probe is not None:
             self._probe.cancel()
-        in_flight = [name for name, one in self._subscriptions.items() if one.busy]
+        in_flight = [one for one in self._subscriptions.values() if one.busy]
+        begun = sum(one.uncommitted for one in in_flight)
         await self._broker.stop()
-        rolled_back = [name for name in in_flight if not self._subscriptions[name].committed_last]
+        rolled_back = sum(one.uncommitted for one in in_flight)
         return Left(
-            finished=len(in_flight) - len(rolled_back),
-            rolled_back=len(rolled_back),
+            finished=begun - rolled_back,
+            rolled_back=rolled_back,
             offsets={name: one.offsets for name, one in self._subscriptions.items() if one.offsets},
         )
 
@@ -191,6 +194,7 @@ class Consumer:
                 self._on_fault(error)
             return
         self._subscriptions[name].take_note(last)
+        self._on_applied(report)  # at once: what there is to publish need not wait for the offsets
         await _commit(consumer, last)
         self._tell(name, batch, last, report, time.perf_counter() - started)
 
@@ -256,7 +260,6 @@ class Consumer:
             duration_ms=round(seconds * 1000, 1),
             offsets={str(partition.partition): offset for partition, offset in last.items()},
         )
-        self._on_applied(report)
 
     # -- when the database is away ----------------------------------------------------------------------------------
 
@@ -319,7 +322,7 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         self._subscriber: Any = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self.committed_last = True
+        self.uncommitted = 0
         self.offsets: dict[str, int] = {}
 
     def subscribe(self, broker: KafkaBroker) -> None:
@@ -329,7 +332,7 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             topic,
             group_id=f"{settings.topic_prefix}credit-workers.{self._name}",
             batch=True,
-            max_records=settings.batch_records_max,
+            max_records=BATCHES_MAX * settings.batch_records_max,
             batch_timeout_ms=POLL_MS,
             ack_policy=AckPolicy.MANUAL,
             auto_offset_reset="earliest",
@@ -345,20 +348,25 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         )
         self._subscriber(self._handle)
 
-    async def _handle(self, batch: Sequence[ConsumerRecord[Any, Any]]) -> None:
+    async def _handle(self, polled: Sequence[ConsumerRecord[Any, Any]]) -> None:
+        """Apply what a poll brought side by side: while the database is busy with one batch, we are with another."""
         consumer = self._subscriber.consumer
+        most = self._owner._settings.batch_records_max  # noqa: SLF001 - two halves of one object
         self._idle.clear()
-        self.committed_last = False
+        batches = batches_of(polled, most)
+        self.uncommitted = len(batches)
         try:
-            await self._owner.apply(self._name, consumer, batch)
+            async with asyncio.TaskGroup() as together:
+                for batch in batches:
+                    together.create_task(self._owner.apply(self._name, consumer, batch))
         except Exception as error:  # FastStream would log it and go on with the next batch
             self._owner._on_fault(error)  # noqa: SLF001 - two halves of one object
         finally:
             self._idle.set()
 
     def take_note(self, last: dict[TopicPartition, int]) -> None:
-        """The batch in flight is in the database, up to these offsets."""
-        self.committed_last = True
+        """A batch in flight is in the database, up to these offsets."""
+        self.uncommitted -= 1
         self.offsets |= {str(one.partition): offset + 1 for one, offset in last.items()}
 
     @property
@@ -426,6 +434,19 @@ def observe_entries(report: Report) -> None:
         taken = report.taken[kind]
         telemetry.CREDITS_OUT.labels(kind=kind).inc(taken)
         telemetry.CREDITS_IN.labels(kind=kind).inc(report.credits[kind] + taken)
+
+
+def batches_of(
+    polled: Sequence[ConsumerRecord[Any, Any]], most: int
+) -> list[list[ConsumerRecord[Any, Any]]]:
+    """As few batches as hold at most so many records. All of a partition are in one, so that their order stays."""
+    batches: list[list[ConsumerRecord[Any, Any]]] = [[]]
+    for _, found in groupby(polled, key=attrgetter("partition")):
+        records = list(found)
+        if batches[-1] and len(batches[-1]) + len(records) > most:
+            batches.append([])
+        batches[-1] += records
+    return batches
 
 
 async def _keep_raw(batch: Sequence[ConsumerRecord[Any, Any]]) -> KafkaMessage:

@@ -6,11 +6,14 @@ repeats are harmless because every message carries its id.
 """
 
 import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner, murmur2
 
 from workers.settings import Settings, kafka_options
 from workers.telemetry import describe_error
@@ -18,6 +21,21 @@ from workers.telemetry import describe_error
 log = structlog.get_logger(__name__)
 
 CLOSE_SECONDS = 5.0
+# Keys whose hash is remembered: in Python it takes longer than all else that is done to place a message.
+KEYS_REMEMBERED_MAX = 16_384
+_hash = lru_cache(maxsize=KEYS_REMEMBERED_MAX)(murmur2)
+
+
+class Partitioner(DefaultPartitioner):  # type: ignore[misc]  # aiokafka has no types
+    """Kafka's own partitioner: a key is where every client puts it."""
+
+    def __call__(
+        self, key: bytes | None, all_partitions: Sequence[int], available: Sequence[int]
+    ) -> Any:
+        """The partition of a key; of none, any."""
+        if key is None:
+            return super().__call__(key, all_partitions, available)
+        return all_partitions[(_hash(key) & 0x7FFFFFFF) % len(all_partitions)]
 
 
 async def open_producer(
@@ -34,6 +52,7 @@ async def open_producer(
         acks="all",
         max_request_size=request_bytes_max,
         metadata_max_age_ms=60_000,
+        partitioner=Partitioner(),
         **options,
     )
     try:

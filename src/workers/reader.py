@@ -4,12 +4,16 @@ aiokafka decodes records while it hands them out, partition after partition. Whe
 other partitions in the same call is forgotten although it counts as consumed; so partitions are asked one by one here.
 And one cause of it is any publisher's to make: a header's name that is not UTF-8, which brokers accept and many clients
 can send. aiokafka would stumble over it for ever. Such a batch is read by its own slower parser, without being strict.
+
+What comes waits for nobody: a poll lasts until there is something. FastStream sleeps after a poll that brought nothing,
+for as long as it had waited, and what comes meanwhile would wait too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import Any
 
@@ -20,38 +24,56 @@ from aiokafka.record.memory_records import _MemoryRecordsPy
 
 log = logging.getLogger(__name__)
 
+# What a poll brings is applied as so many batches side by side, and a partition's records are of one batch: so a partition
+# fills one batch at most, and where it fills it the rest of its records is left for the next poll.
+BATCHES_MAX = 2
+
 
 class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
-    """Kafka's consumer, whose `getmany` returns every record that it counts as consumed."""
+    """Kafka's consumer, whose `getmany` waits for a record and returns every one that it counts as consumed."""
 
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
     ) -> dict[TopicPartition, list[ConsumerRecord[Any, Any]]]:
-        """As aiokafka's. Raises what reading a partition raised, if the others have nothing to return."""
+        """At least one record. All that comes, `max_records` at most, fits into BATCHES_MAX batches as it lies: full ones, if
+        there is enough. Looks again after `timeout_ms`.
+
+        Raises what reading a partition raised, if the others have nothing to return.
+        """
         taken: dict[TopicPartition, list[ConsumerRecord[Any, Any]]] = {}
         failure: Exception | None = None
-        try:
-            # The first record ends this call, before another partition could raise.
-            taken = await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=1)
-        except Exception as error:
-            failure = error
-        left = None if max_records is None else max_records - len(taken)
-        for partition in (partitions or self.assignment()) if taken or failure else ():
+        while not taken and failure is None:
+            try:
+                # The first record ends this call, before another partition could raise.
+                taken = await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=1)
+            except Exception as error:
+                failure = error
+        left = max_records or sys.maxsize
+        batch = -(-left // BATCHES_MAX)
+        left -= len(taken)
+        for partition in self._fetched(partitions):
             if left == 0 or self._subscription.reassignment_in_progress:
                 break
+            # What is left of the batch that is being filled.
+            most = min(left % batch or batch, batch - len(taken.get(partition, ())))
             try:
-                more = (await super().getmany(partition, max_records=left)).get(partition, [])
+                more = await super().getmany(partition, max_records=most) if most else {}
             except Exception as error:
                 failure = error
                 continue
             if more:
-                taken.setdefault(partition, []).extend(more)
-                left = None if left is None else left - len(more)
+                taken.setdefault(partition, []).extend(more[partition])
+                left -= len(more[partition])
         if failure is not None:
             if not taken:
                 raise failure
             log.error("a partition cannot be read", exc_info=failure)  # it is tried again and again
         return taken
+
+    def _fetched(self, partitions: Collection[TopicPartition]) -> list[TopicPartition]:
+        """The partitions of which something has come, the longest ago first: none waits behind one that is always full."""
+        fetched = self._fetcher._records  # noqa: SLF001 - nobody else knows in which order it came
+        return [partition for partition in fetched if not partitions or partition in partitions]
 
 
 class _LenientBytes(bytearray):

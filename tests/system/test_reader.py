@@ -1,17 +1,34 @@
 """What a worker reads with, when the client library below it fails in the middle of a poll."""
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CorruptRecordException
 
-from workers.reader import Reader
+from workers.consumer import batches_of
+from workers.reader import BATCHES_MAX, Reader
 
 from .world import ACCOUNT, World, eventually
 
 PARTITIONS = 3
 WORLD = {"partitions": PARTITIONS}
+
+
+@contextlib.asynccontextmanager
+async def reading(world: World, *numbers: int) -> AsyncIterator[Reader]:
+    """A reader of these partitions, as they go on from here."""
+    ends = await world.ends(ACCOUNT)
+    partitions = [TopicPartition(world.settings.topic(ACCOUNT), number) for number in numbers]
+    reader = Reader(bootstrap_servers=world.settings.kafka_bootstrap)
+    reader.assign(partitions)
+    async with reader:
+        for partition in partitions:
+            reader.seek(partition, ends[ACCOUNT, partition.partition])
+        yield reader
 
 
 def corrupt() -> Iterator[None]:
@@ -85,3 +102,42 @@ async def test_a_partition_that_cannot_be_read_is_told_when_there_is_nothing_els
         assert [
             record.offset for record in (await reader.getmany(timeout_ms=10_000))[partition]
         ] == [start]
+
+
+async def test_a_poll_lasts_until_there_is_something(world: World) -> None:
+    """However short the time between two looks: whoever polls never comes back with nothing, and then sleeps."""
+    async with reading(world, 0) as reader:
+        polling = asyncio.create_task(reader.getmany(timeout_ms=1))
+
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+
+        assert [len(records) for records in (await polling).values()] == [1]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+async def test_a_poll_fits_into_full_batches(world: World, batch: int) -> None:
+    """Two full batches as long as two partitions could fill them, never more, and everything in order to the end."""
+    partitions, count = range(3), 10
+    async with reading(world, *partitions) as reader:
+        start = {place: await reader.position(place) for place in reader.assignment()}
+        events = [("weather.changed", {})] * count * len(partitions)
+        await world.publish_all(ACCOUNT, events, partitions=partitions)
+        for place, offset in start.items():
+            reader.seek(place, offset)  # what is fetched now is all of it
+
+        async def has_fetched() -> bool:
+            return len(reader._fetcher._records) == len(partitions)
+
+        await eventually(has_fetched)
+        read: dict[int, list[int]] = {number: [] for number in partitions}
+        while left := [count - len(done) for done in read.values() if len(done) < count]:
+            polled = (await reader.getmany(max_records=BATCHES_MAX * batch)).values()
+            sizes = [len(one) for one in batches_of([*chain(*polled)], batch)]
+            assert len(sizes) <= BATCHES_MAX
+            if sum(size >= batch for size in left) >= BATCHES_MAX:
+                assert sizes == [batch] * BATCHES_MAX
+            for record in chain(*polled):
+                place = TopicPartition(record.topic, record.partition)
+                read[record.partition].append(record.offset - start[place])
+
+    assert read == {number: list(range(count)) for number in partitions}

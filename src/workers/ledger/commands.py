@@ -6,10 +6,12 @@ that the content that a key stands for does not change when a price does.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta, tzinfo
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import UUID
+
+from workers.ledger.frozen import frozen
 
 Pool: TypeAlias = Literal["subscription", "purchased"]
 RefundStatus: TypeAlias = Literal["pending", "succeeded", "failed"]
@@ -41,7 +43,7 @@ class CommandKey(NamedTuple):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cause:
     """Where a command comes from; an entry keeps all of it (R9), but for the span `parent_id` of the trace that caused it and
     whether the trace is `sampled`: those go on with what is published.
@@ -75,7 +77,7 @@ class Cause:
         return CommandKey(self.source, self.type, self.key)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Link:
     """An external id that this command says belongs to an owner (R13). `itself` is the account that the id was taken for
     as long as nobody had said so; None for ids that never are a user's.
@@ -88,7 +90,7 @@ class Link:
     itself: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RegisterUser:
     """A person signed up: the account exists from now on, and the sign-up grant is made once (R13)."""
 
@@ -98,14 +100,14 @@ class RegisterUser:
     zone: tzinfo | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LinkIdentities:
     """Nothing but links: an event that only tells who an external id is."""
 
     account: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GrantCredits:
     """Credits given by an operator or a service."""
 
@@ -116,7 +118,7 @@ class GrantCredits:
     reason: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AdjustCredits:
     """A signed correction in the purchased pool."""
 
@@ -125,7 +127,7 @@ class AdjustCredits:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RepairAccount:
     """An audit found something wrong of an account, and it is put right: `reason` says by whom, why and what."""
 
@@ -133,7 +135,7 @@ class RepairAccount:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TransferCredits:
     """Credits from one owner to another, with nothing booked."""
 
@@ -143,7 +145,7 @@ class TransferCredits:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class MergeAccounts:
     """Two accounts turned out to be one person: the source's everything becomes the target's (R13)."""
 
@@ -152,7 +154,7 @@ class MergeAccounts:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImportedEntry:
     """One line of an old system's books: signed credits, with the time that it had there.
 
@@ -173,7 +175,7 @@ class ImportedEntry:
     references: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImportCredits:
     """What an old system knew of an owner, oldest first. `import_key` is the business key: one source row.
 
@@ -187,7 +189,7 @@ class ImportCredits:
     history: tuple[ImportedEntry, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RollBackImport:
     """Take back what imports brought: what is left of their `lots`, and what they took besides, of other lots or as debt;
     less than nothing where they paid more of an older debt.
@@ -199,7 +201,7 @@ class RollBackImport:
     references: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BuyPack:
     """A paid checkout of credits. `purchase_key` is the business key; `paid` is in the currency's smallest unit."""
 
@@ -212,7 +214,7 @@ class BuyPack:
     references: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PeriodLine:
     """One line of a paid invoice that buys a plan for a period. A prorated one changes a period that runs already, from
     `period_start` to its end.
@@ -226,7 +228,7 @@ class PeriodLine:
     prorated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartPeriods:
     """A paid invoice: each of its lines starts a period of a subscription (R4, R14). `paid` is all that the invoice
     cost, tax and other lines included, in the currency's smallest unit. Without an `invoice_id` it is an audit that says
@@ -250,7 +252,7 @@ class MemberTerms(NamedTuple):
     period: LimitPeriod | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UpdateOrganisation:
     """The whole state of an organisation as of a moment (R15); what is older than what is known changes nothing."""
 
@@ -265,7 +267,7 @@ class UpdateOrganisation:
         return f"org:{self.organisation}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CloseAccount:
     """The owner leaves: nothing new is accepted, what is open finishes, the credits stay."""
 
@@ -280,7 +282,7 @@ class AsOf(NamedTuple):
     event_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RecordSubscription:
     """What a subscription is as of a moment; what is older than what is known changes nothing. `metadata` is JSON."""
 
@@ -296,7 +298,7 @@ class RecordSubscription:
     metadata: str = "{}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PaymentIds:
     """How Stripe names money: by payment intent, by charge where there is no intent, or by both."""
 
@@ -304,7 +306,7 @@ class PaymentIds:
     charge_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PayInvoice:
     """An invoice was paid by this payment: what is refunded of the payment is refunded of the invoice (R7)."""
 
@@ -312,7 +314,7 @@ class PayInvoice:
     invoice_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RefundPayment:
     """What is known of one refund. Its states only ever go up: pending, succeeded, failed (cancelled ones too)."""
 
@@ -322,7 +324,7 @@ class RefundPayment:
     status: RefundStatus
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RefundCharge:
     """All that was refunded of a charge so far, from accounts whose events name no single refund (R7).
 
@@ -334,7 +336,7 @@ class RefundCharge:
     charged: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DisputePayment:
     """One step of a dispute. `inquiry` and `opened` move nothing; later steps may arrive before earlier ones."""
 
@@ -344,7 +346,7 @@ class DisputePayment:
     step: DisputeStep
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestGeneration:
     """Reserve the price of a generation (R5)."""
 
@@ -358,7 +360,7 @@ class RequestGeneration:
     organization_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CompleteGeneration:
     """Capture what a generation cost, or debit it directly when nothing is held (R5)."""
 
@@ -371,7 +373,7 @@ class CompleteGeneration:
     organization_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class EndGeneration:
     """Release what a failed or cancelled generation held (R5)."""
 
@@ -380,7 +382,7 @@ class EndGeneration:
     state: Literal["failed", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RefundGeneration:
     """Give credits of a completed generation back, at most what it took (R7)."""
 
@@ -389,7 +391,7 @@ class RefundGeneration:
     credits: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestBooking:
     """One atomic transfer from the client to the practitioner (R6)."""
 
@@ -399,7 +401,7 @@ class RequestBooking:
     credits: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CancelBooking:
     """Give back what of a booking was not yet given back, or the part named (R6)."""
 
@@ -408,7 +410,7 @@ class CancelBooking:
     credits: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settle:
     """Do what time has done to an account: lapsed holds, expired lots. Idempotent by state; has no key."""
 
@@ -444,7 +446,7 @@ Action: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Command:
     """One action under its cause. `fingerprint` is the hash of the content that the key stands for (R8a)."""
 

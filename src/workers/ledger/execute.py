@@ -1,7 +1,6 @@
 """The fold: decide each command of a batch in order, each seeing the effects of those before it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import assert_never
@@ -50,13 +49,14 @@ from workers.ledger.commands import (
     UpdateOrganisation,
     accounts_of,
 )
+from workers.ledger.frozen import frozen
 from workers.ledger.model import Alert, Decided, Entry, Ids, Snapshot
 from workers.ledger.outcomes import APPLIED, CONFLICT, DUPLICATE, Outcome, Rejected
 from workers.ledger.settling import settle
 from workers.ledger.writer import Transaction, Writer
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Decision:
     """How one command ended. A transaction's id means that it was decided now, not answered from memory; `links` are
     those of its links that may stand, `merged` the accounts that it made part of others.
@@ -69,7 +69,7 @@ class Decision:
     merged: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Execution:
     """A folded batch: the decisions in order, and the state that must be written back. `merged` says which accounts
     became part of which.

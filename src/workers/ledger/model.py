@@ -23,6 +23,7 @@ from workers.ledger.commands import (
     Pool,
     RefundStatus,
 )
+from workers.ledger.frozen import frozen
 from workers.ledger.outcomes import LotsNotLoaded
 
 Kind: TypeAlias = Literal[
@@ -436,7 +437,7 @@ class LotMove(NamedTuple):
     held: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Entry:
     """One account version (R9): what changed, before and after, why, and the link of the hash chain."""
 
@@ -475,27 +476,25 @@ class Entry:
     def content(self) -> str:
         """What the hash covers, as text that can be built again from the stored row: every field but the hash."""
         moves = ";".join(
-            f"{move.lot_id}:{move.pool}:{move.amount}:{move.held}" for move in self.moves
+            [f"{move.lot_id}:{move.pool}:{move.amount}:{move.held}" for move in self.moves]
         )
-        return "\n".join(
-            (
-                f"{self.account_id} {self.version} {self.entry_id} {self.transaction_id} {self.kind}",
-                f"{self.subscription_delta} {self.purchased_delta} {self.held_delta} {self.debt_delta}",
-                f"{self.balance_before} {self.balance_after} {self.subscription_after} {self.purchased_after}",
-                f"{self.held_after} {self.debt_after} {self.member_id or ''}",
-                f"{self.topic or ''} {self.partition} {self.offset} {self.trace_id or ''} {self.catalogue_version}",
-                f"{self.occurred_at.isoformat()} {self.recorded_at.isoformat()}",
-                moves,
-                orjson.dumps(self.cause, option=orjson.OPT_SORT_KEYS).decode(),
-            )
+        cause = orjson.dumps(self.cause, option=orjson.OPT_SORT_KEYS).decode()
+        return (
+            f"{self.account_id} {self.version} {self.entry_id} {self.transaction_id} {self.kind}\n"
+            f"{self.subscription_delta} {self.purchased_delta} {self.held_delta} {self.debt_delta}\n"
+            f"{self.balance_before} {self.balance_after} {self.subscription_after} {self.purchased_after}\n"
+            f"{self.held_after} {self.debt_after} {self.member_id or ''}\n"
+            f"{self.topic or ''} {self.partition} {self.offset} {self.trace_id or ''} {self.catalogue_version}\n"
+            f"{self.occurred_at.isoformat()} {self.recorded_at.isoformat()}\n"
+            f"{moves}\n{cause}"
         )
 
     def hash(self) -> bytes:
         """The link of the account's chain: SHA-256 over the previous link and this entry's content (R9)."""
-        return hashlib.sha256(self.previous_hash + self.content().encode("utf-8")).digest()
+        return hashlib.sha256(self.previous_hash + self.content().encode()).digest()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Alert:
     """Something a person should know; published as `credit.alert`, and never a reason to stop."""
 

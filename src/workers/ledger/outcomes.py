@@ -1,7 +1,8 @@
 """How a command ends: a closed sum. A refusal is a value, recorded like any other outcome (R8, R10)."""
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from workers.ledger.frozen import frozen
 
 Reason: TypeAlias = Literal[
     "insufficient_credits",
@@ -28,12 +29,12 @@ class LotsNotLoaded(Exception):  # noqa: N818 - an instruction: load all lots an
     """A decision came to lots that were not loaded. Nothing may be written: it must not be made on a part of them."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Applied:
     """The command took effect."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Rejected:
     """A rule refused the command; nothing changed, and the refusal stands for its key."""
 
@@ -43,12 +44,12 @@ class Rejected:
     available: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Duplicate:
     """It already happened, under this key or under the business key; nothing changed."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Conflict:
     """The key was used before for other content; nothing changed, and the message is a dead letter."""
 

@@ -213,14 +213,11 @@ class Writer:
         if not transaction.quiet:
             self._warn(account, entry)
         if (
-            min(
-                account.subscription,
-                account.purchased,
-                account.held,
-                account.available,
-                account.debt,
-            )
-            < 0
+            account.subscription < 0
+            or account.purchased < 0
+            or account.held < 0
+            or account.available < 0
+            or account.debt < 0
         ):
             raise InvariantViolated(
                 f"{account.account_id} would have a negative total at version {account.version}"

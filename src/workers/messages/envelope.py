@@ -6,12 +6,13 @@ Source: CloudEvents 1.0.2, Kafka protocol binding. The content type decides the 
 import base64
 import binascii
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jiter
 
+from workers.ledger.frozen import frozen
 from workers.messages.record import Record, Refused
 
 ID = re.compile(r"[!-~]{1,255}\Z")  # \Z: a `$` would let a newline follow
@@ -23,6 +24,7 @@ RFC3339 = (
     r"^(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
     r"[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 )
+_TIME = re.compile(RFC3339)
 # W3C trace context: version ff and a trace or span of zeros are none.
 TRACEPARENT = re.compile(
     r"^(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
@@ -47,7 +49,7 @@ def read_traceparent(text: Any) -> Trace | None:
     return Trace(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """A CloudEvent whose envelope is right; its data has not been looked at."""
 
@@ -154,6 +156,7 @@ def _structured_data(attributes: dict[str, Any]) -> Any:
     return read_json(value)
 
 
+@lru_cache(maxsize=64)
 def _media_type(content_type: str) -> str:
     return content_type.split(";", maxsplit=1)[0].strip().lower()
 
@@ -203,7 +206,7 @@ def _time(value: Any, default: datetime) -> datetime:
     """The event's own time (display only, R12). Raises Refused for one that is not RFC 3339."""
     if value is None:
         return default
-    if not isinstance(value, str) or re.fullmatch(RFC3339, value) is None:
+    if not isinstance(value, str) or _TIME.fullmatch(value) is None:
         raise Refused(
             "malformed", "CloudEvents attribute 'time' is not an RFC 3339 time with a time zone"
         )

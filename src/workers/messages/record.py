@@ -2,11 +2,12 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 import orjson
+
+from workers.ledger.frozen import frozen
 
 Header: TypeAlias = tuple[str, bytes | None]
 READ_HEADERS = frozenset({"content-type", "stripe-signature"})
@@ -51,7 +52,7 @@ def _printable(text: str) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Record:
     """One message. `topic` is the contract's name, without this cluster's prefix."""
 

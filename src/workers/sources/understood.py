@@ -1,10 +1,10 @@
 """What a source makes of a record: a command to build once its owners are known, or nothing to do."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from workers.ledger.commands import Cause, Command, Link
+from workers.ledger.frozen import frozen
 
 # Ids of these providers are not user ids: a Stripe customer never becomes an account (R13), nor does an address.
 EMAIL = "email"
@@ -12,14 +12,14 @@ NEVER_A_USER = frozenset({"stripe", EMAIL})
 USER = "user"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ignored:
     """An event of no concern to credits; counted by its type (R11)."""
 
     type: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Waiting:
     """The event needs to know whose an external id is; it is parked until somebody says so (R11, R13)."""
 
@@ -28,7 +28,7 @@ class Waiting:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Lacking:
     """The event leaves out what it is about: `path` names it in Stripe's API, below `/v1/`. It is read again with what
     was fetched, and parked until then.
@@ -148,7 +148,7 @@ Fetched: TypeAlias = Mapping[str, Any]  # objects of Stripe's API by their paths
 Build: TypeAlias = Callable[[Identities], Command | Waiting]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Understood:
     """A readable event: who it speaks of, and the command it becomes when they are resolved."""
 

@@ -1,12 +1,12 @@
 """Messages set aside (R11): those that wait, and those that can never be applied as they are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
 import asyncpg
 
+from workers.ledger.frozen import frozen
 from workers.messages.envelope import identify
 from workers.messages.record import Record, Refused, decode_headers, encode_headers
 from workers.store.load import Connection
@@ -16,7 +16,7 @@ from workers.store.sql import SQL, columns
 KEPT_BYTES_MAX = 16 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Work:
     """A record to apply, and where it comes from: Kafka, or the parked messages."""
 
