@@ -311,6 +311,7 @@ def test_books_are_audited(
         "field": "purchased",
         "stored": "7",
         "expected": "0",
+        "acknowledged": None,
     }
     assert cli.run(["audit"]) == 1
     assert "user:ghost: purchased is 7, must be 0" in capsys.readouterr().out

@@ -118,7 +118,8 @@ def test_what_the_package_sends_we_read(
 
         assert (found.source, found.type, found.id, found.key) == ("/a-service", type_, "e1", "k1")
         assert found.occurred_at == datetime(2026, 11, 20, 9, tzinfo=UTC)
-        assert found.trace_id == TRACE
+        assert found.trace is not None
+        assert found.trace.trace_id == TRACE
         assert found.data == data
         assert isinstance(SOURCES.read(one), Understood)
 
@@ -209,7 +210,7 @@ def test_an_event_that_is_slightly_wrong_gets_what_the_specification_says(
 def test_a_trace_that_is_none_is_not_continued(traceparent: str) -> None:
     """W3C: version ff, and a trace or a parent of zeros, are invalid; the event is read all the same."""
     for one in both_modes(CloudEvent({**without(ENVELOPE, "data"), "traceparent": traceparent}, DATA)):  # fmt: skip
-        assert read_event(one, types=CONTRACT_TYPES).trace_id is None
+        assert read_event(one, types=CONTRACT_TYPES).trace is None
 
 
 @cache

@@ -166,7 +166,7 @@ async def books(ledger: Ledger, owner: asyncpg.Connection) -> asyncpg.Connection
     await owner.execute(ROWS)
     await owner.execute(
         """INSERT INTO acknowledgements (finding, invariant, subject, subject_id, field, operator, reason)
-           VALUES (sha256('x'), 'the_chain_holds', 'version', '1', 'hash', 'olive', 'a drill')"""
+           VALUES (sha256('x'), 'the_chain_holds', 'version', '1', 'hash', 'olive', 'a drill') ON CONFLICT DO NOTHING"""
     )
     await owner.execute(
         """INSERT INTO parked (topic, partition, kafka_offset, record_hash, headers, detail, dead_letter_id,
