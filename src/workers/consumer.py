@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,8 +54,12 @@ HEARTBEAT_MS = 2_000
 PATIENCE_SECONDS = 10.0
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.05, 2.0
 PROBE_SECONDS = 1.0
+# The database's time limits for a statement and a transaction: what takes longer is cut off, and would be again.
+TOO_SLOW = frozenset({"57014", "25P04"})
 # The leader of a partition that is ours answers a small question within this, or the broker is away.
 BROKER_SECONDS = 3.0
+# Offsets that are not committed within this are not worth waiting for: they only save work.
+COMMIT_SECONDS = 10.0
 TIMESTAMP_MAX = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 # How long a rebalance waits for the batch in flight, so that its records need not be read twice.
 REVOKE_SECONDS = 5.0
@@ -98,6 +103,10 @@ class Consumer:
         self._prefix = len(settings.topic_prefix)
         self._stalled = False
         self._held = False
+        # How many records are applied at once: fewer while the database is too slow for more.
+        self._records_max = settings.batch_records_max
+        # Batches that are being applied, and those that ended, by whether they were committed.
+        self._in_hand, self._ended = 0, Counter[bool]()
         # A batch that waits for the database must not cost the group: the worker polls again long before that.
         self._patience_seconds = min(PATIENCE_SECONDS, settings.max_poll_interval_ms / 3000)
         self._probe: asyncio.Task[None] | None = None
@@ -128,13 +137,11 @@ class Consumer:
         """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups; what became of them."""
         if self._probe is not None:
             self._probe.cancel()
-        in_flight = [one for one in self._subscriptions.values() if one.busy]
-        begun = sum(one.uncommitted for one in in_flight)
+        self._ended.clear()
         await self._broker.stop()
-        rolled_back = sum(one.uncommitted for one in in_flight)
         return Left(
-            finished=begun - rolled_back,
-            rolled_back=rolled_back,
+            finished=self._ended[True],
+            rolled_back=self._ended[False] + self._in_hand,
             offsets={name: one.offsets for name, one in self._subscriptions.items() if one.offsets},
         )
 
@@ -174,51 +181,84 @@ class Consumer:
     async def apply(
         self, name: str, consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord[Any, Any]]
     ) -> None:
-        """Apply a batch and commit its offsets; or leave everything as if it had not been read."""
-        first: dict[TopicPartition, int] = {}
-        last: dict[TopicPartition, int] = {}
-        for message in batch:
-            partition = TopicPartition(message.topic, message.partition)
-            first.setdefault(partition, message.offset)
-            last[partition] = message.offset
+        """Apply a batch and commit its offsets; or leave everything as if it had not been read.
+
+        A database that is too slow for so many records gets a part of them at a time, each of which is a batch of its own.
+        """
+        deadline = time.monotonic() + self._patience_seconds
+        self._in_hand += 1
         try:
-            started = time.perf_counter()
-            report = await self._with_patience([Work(self._record(message)) for message in batch])
+            while batch:
+                applied = await self._apply_some(name, consumer, batch, deadline)
+                self._ended[applied > 0] += 1
+                batch = batch[applied:]
+                if not applied or (batch and time.monotonic() > deadline):
+                    _seek(consumer, _ends(batch)[0])
+                    return
+        finally:
+            self._in_hand -= 1
+
+    async def _apply_some(
+        self,
+        name: str,
+        consumer: AIOKafkaConsumer,
+        batch: Sequence[ConsumerRecord[Any, Any]],
+        deadline: float,
+    ) -> int:
+        """Apply records from the front of a batch and commit their offsets. Returns how many: none when the worker waits now,
+        or stops.
+        """
+        started = time.perf_counter()
+        try:
+            report, applied = await self._with_patience(
+                [Work(self._record(message)) for message in batch], deadline
+            )
         except asyncio.CancelledError:
+            self._ended[False] += 1
             raise  # the worker stops: nothing was committed, so Kafka brings the batch again
         except Exception as error:
-            _seek(consumer, first)
             if classify(error)[0] == "transient":
                 self._stall(error)
             else:
                 self._on_fault(error)
-            return
+            return 0
+        batch = batch[:applied]
+        last = _ends(batch)[1]
         self._subscriptions[name].take_note(last)
         self._on_applied(report)  # at once: what there is to publish need not wait for the offsets
         await _commit(consumer, last)
         self._tell(name, batch, last, report, time.perf_counter() - started)
+        return applied
 
-    async def _with_patience(self, works: Sequence[Work]) -> Report:
-        """Try a batch until it is committed or patience ends. Raises what it failed with last."""
-        deadline = time.monotonic() + self._patience_seconds
+    async def _with_patience(self, works: Sequence[Work], deadline: float) -> tuple[Report, int]:
+        """Try records until they are committed or the deadline passes; how many from the front were. Raises what it failed
+        with last. Where the time limit of the database cuts a batch off, it would do so for ever: half of it is tried.
+        """
         backoff = BACKOFF_SECONDS_MIN
         while True:
+            some = works[: self._records_max]
             try:
-                return await self._ledger.apply(works)
+                report = await self._ledger.apply(some)
             except Exception as error:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     # A cancellation that meets a dead connection comes as the failure to roll back.
                     raise asyncio.CancelledError from error
                 verdict, cause = classify(error)
+                if cause in TOO_SLOW:
+                    self._records_max = max(1, len(some) // 2)
                 if verdict != "transient" or time.monotonic() + backoff > deadline:
                     raise
                 telemetry.RETRIES.labels(cause=cause).inc()
                 log.warning(
                     "batch_retried",
                     cause=cause,
-                    records=len(works),
+                    records=len(some),
                     backoff_seconds=round(backoff, 3),
                 )
+            else:
+                grown = self._records_max + max(1, self._records_max // 8)
+                self._records_max = min(grown, self._settings.batch_records_max)
+                return report, len(some)
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
             backoff = min(backoff * 2, BACKOFF_SECONDS_MAX)
 
@@ -322,7 +362,6 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         self._subscriber: Any = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self.uncommitted = 0
         self.offsets: dict[str, int] = {}
 
     def subscribe(self, broker: KafkaBroker) -> None:
@@ -353,11 +392,9 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         consumer = self._subscriber.consumer
         most = self._owner._settings.batch_records_max  # noqa: SLF001 - two halves of one object
         self._idle.clear()
-        batches = batches_of(polled, most)
-        self.uncommitted = len(batches)
         try:
             async with asyncio.TaskGroup() as together:
-                for batch in batches:
+                for batch in batches_of(polled, most):
                     together.create_task(self._owner.apply(self._name, consumer, batch))
         except Exception as error:  # FastStream would log it and go on with the next batch
             self._owner._on_fault(error)  # noqa: SLF001 - two halves of one object
@@ -365,14 +402,8 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             self._idle.set()
 
     def take_note(self, last: dict[TopicPartition, int]) -> None:
-        """A batch in flight is in the database, up to these offsets."""
-        self.uncommitted -= 1
+        """What was read up to these offsets is in the database."""
         self.offsets |= {str(one.partition): offset + 1 for one, offset in last.items()}
-
-    @property
-    def busy(self) -> bool:
-        """Whether a batch is being applied."""
-        return not self._idle.is_set()
 
     @property
     def consumer(self) -> AIOKafkaConsumer:
@@ -471,6 +502,19 @@ class _Never:
 _NEVER = _Never()
 
 
+def _ends(
+    batch: Sequence[ConsumerRecord[Any, Any]],
+) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:
+    """The first and the last offset that a batch has of each partition."""
+    first: dict[TopicPartition, int] = {}
+    last: dict[TopicPartition, int] = {}
+    for message in batch:
+        partition = TopicPartition(message.topic, message.partition)
+        first.setdefault(partition, message.offset)
+        last[partition] = message.offset
+    return first, last
+
+
 def _seek(consumer: AIOKafkaConsumer, first: dict[TopicPartition, int]) -> None:
     """Go back to where the batch began, in every partition that is still ours."""
     for partition, offset in first.items():
@@ -491,8 +535,9 @@ async def _commit(consumer: AIOKafkaConsumer, last: dict[TopicPartition, int]) -
     if not offsets:
         return
     try:
-        await consumer.commit(offsets)
-    except (CommitFailedError, IllegalStateError, KafkaError) as error:
+        async with asyncio.timeout(COMMIT_SECONDS):  # aiokafka would try for ever
+            await consumer.commit(offsets)
+    except (CommitFailedError, IllegalStateError, KafkaError, TimeoutError) as error:
         log.warning("offsets_not_committed", partitions=len(offsets), exc_info=error)
 
 

@@ -5,15 +5,19 @@ other partitions in the same call is forgotten although it counts as consumed; s
 And one cause of it is any publisher's to make: a header's name that is not UTF-8, which brokers accept and many clients
 can send. aiokafka would stumble over it for ever. Such a batch is read by its own slower parser, without being strict.
 
+Its task that fetches ends for good at an error that it does not know, and nobody would notice: the consumer stays in its
+group and waits for records that nobody asks for. Here it is begun anew.
+
 What comes waits for nobody: a poll lasts until there is something. FastStream sleeps after a poll that brought nothing,
 for as long as it had waited, and what comes meanwhile would wait too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from itertools import islice
 from typing import Any
 
@@ -43,6 +47,7 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         taken: dict[TopicPartition, list[ConsumerRecord[Any, Any]]] = {}
         failure: Exception | None = None
         while not taken and failure is None:
+            self._keep_fetching()
             try:
                 # The first record ends this call, before another partition could raise.
                 taken = await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=1)
@@ -74,6 +79,30 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         """The partitions of which something has come, the longest ago first: none waits behind one that is always full."""
         fetched = self._fetcher._records  # noqa: SLF001 - nobody else knows in which order it came
         return [partition for partition in fetched if not partitions or partition in partitions]
+
+    async def stop(self) -> None:
+        """As aiokafka's, which would raise what its fetching ended with, and end nothing else."""
+        if self._fetching_has_ended():
+            self._fetch_with(asyncio.sleep(0))
+        await super().stop()
+
+    def _keep_fetching(self) -> None:
+        """Fetch on where fetching has ended by itself. What was fetched and not handed out is fetched again."""
+        if self._fetching_has_ended():
+            ended = self._fetcher.error_future
+            error = None if ended.cancelled() else ended.exception()
+            log.error("fetching ended by itself and is begun anew", exc_info=error)
+            self._fetch_with(self._fetcher._fetch_requests_routine())  # noqa: SLF001 - there is no other way
+
+    def _fetching_has_ended(self) -> bool:
+        fetcher = self._fetcher
+        return fetcher is not None and not fetcher._closed and fetcher.error_future.done()  # noqa: SLF001
+
+    def _fetch_with(self, routine: Coroutine[Any, Any, None]) -> None:
+        fetcher = self._fetcher
+        # One of them ended with an error, and would raise it again.
+        fetcher._pending_tasks = {task for task in fetcher._pending_tasks if not task.done()}  # noqa: SLF001
+        fetcher._fetch_task = asyncio.create_task(routine)  # noqa: SLF001
 
 
 class _LenientBytes(bytearray):

@@ -1,6 +1,7 @@
 """Servers that are away for longer than Kafka's patience, under load, with every part in a process of its own.
 
-The ordinary test takes each server away for some seconds, longer than `max_poll_interval_ms`, which is shortened. With
+The ordinary test kills processes of the database, then takes each server away for some seconds, longer than
+`max_poll_interval_ms`, which is shortened. The long form also freezes each: nothing is refused, and nothing answers. With
 CREDITS_TEST_OUTAGE_SECONDS (60, say) it is that long and the load is higher (CREDITS_TEST_OUTAGE_RATE events a second, 300);
 what it measured is printed (`pytest -s`).
 """
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -29,16 +32,18 @@ from . import stripe_events as stripe
 from .world import ACCOUNT, BOOKING, GENERATION, Process, World, attributes, eventually
 
 LONG = "CREDITS_TEST_OUTAGE_SECONDS" in os.environ
-OUTAGE_SECONDS = float(os.environ.get("CREDITS_TEST_OUTAGE_SECONDS", "5"))
+OUTAGE_SECONDS = float(os.environ.get("CREDITS_TEST_OUTAGE_SECONDS", "7"))
 # An outage is longer than this, so that a worker that did not poll meanwhile would be thrown out of its groups.
 MAX_POLL_INTERVAL_MS = 15_000 if OUTAGE_SECONDS > 30 else 3_000
 EVENTS_PER_SECOND = int(os.environ.get("CREDITS_TEST_OUTAGE_RATE", "300" if LONG else "150"))
 # Servers that are away are told by readiness within this: its own patience, and what a loaded machine adds.
-NOTICED_SECONDS = 4.0 if OUTAGE_SECONDS < 30 else 15.0
+NOTICED_SECONDS = 6.0 if OUTAGE_SECONDS < 30 else 15.0
 # What was missed is worked off within this; a machine that is shared with others takes its time.
 RECOVERY_SECONDS_MAX = 120.0 + 5 * OUTAGE_SECONDS
 RICH, TEMPLATE, PARTITIONS = "rich", "credits", 3
 SEND_SECONDS, SENT_TOGETHER = 5.0, 200
+# Whoever stops a worker kills it after this.
+STOP_SECONDS_MAX = 25.0
 
 
 class Load:
@@ -85,7 +90,7 @@ class Load:
                 self._webhooks.append(id_ := f"evt_load_{number}")
             case 1 | 2 | 3 | 4:
                 kind, entries = "booking.requested", 2
-                parties = {"client_id": RICH, "practitioner_id": "healer"}
+                parties = {"client_id": RICH, "practitioner_id": f"healer{number % 997}"}
                 data = {"booking_id": id_, **parties, "credits": 1}
                 self._unsent.append((BOOKING, kind, id_, data))
             case 5 | 6 | 7:
@@ -94,7 +99,7 @@ class Load:
                 self._unsent.append((GENERATION, kind, id_, data))
             case _:
                 kind, entries = "credits.granted", 1
-                data = {"user_id": f"u{number % 50}", "credits": 1, "pool": "purchased"}
+                data = {"user_id": f"u{number % 991}", "credits": 1, "pool": "purchased"}
                 self._unsent.append((ACCOUNT, kind, id_, {**data, "reason": "load"}))
         self.ids[id_] = entries
         self.kinds[kind] += 1
@@ -146,7 +151,7 @@ class Load:
                     await asyncio.sleep(0.02)
                     continue
                 id_ = self._webhooks[0]
-                body = json.dumps(stripe.checkout(id_, user="buyer")).encode()
+                body = json.dumps(stripe.checkout(id_, user=f"buyer{len(self.ids) % 499}")).encode()
                 headers = {"stripe-signature": stripe.signature(body)}
                 status = 0
                 with contextlib.suppress(httpx.TransportError):
@@ -230,12 +235,13 @@ async def spawn(world: World) -> tuple[Process, Process, dict[str, str]]:
     return worker, gateway, {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
 
 
-@pytest.mark.timeout(180 + 2 * (OUTAGE_SECONDS + RECOVERY_SECONDS_MAX))
+@pytest.mark.timeout(180 + 4 * (OUTAGE_SECONDS + RECOVERY_SECONDS_MAX))
 async def test_servers_that_are_away_under_load_cost_nothing(
     world: World, stack: EmbeddedStack
 ) -> None:
     """Database, then broker: killed, away for longer than the poll interval, and back. The same processes say that they
-    are alive and not ready, go on by themselves, and each event is applied exactly once.
+    are alive and not ready, go on by themselves, and each event is applied exactly once. A single process of the database
+    that is killed makes it end all sessions and recover, which costs as little.
     """
     worker, gateway, urls = await spawn(world)
     pids = (worker.pid, gateway.pid)
@@ -249,12 +255,18 @@ async def test_servers_that_are_away_under_load_cost_nothing(
     load = Load(world, urls["gateway"])
     loading = asyncio.create_task(load.run())
     await world.until(lambda: len(world.answers) > 2 * EVENTS_PER_SECOND)
-    away: Callable[[], None]
-    back: Callable[[], Servers]
+    for what in ("client backend", "checkpointer"):
+        await _kill_process(world, what)
+        made = deque(load.ids)
+        await world.until(partial(_answered, world, made), within=RECOVERY_SECONDS_MAX)
+    away: Callable[[], object]
+    back: Callable[[], object]
     for server, away, back in (
         ("database", stack.kill_postgres, stack.restart_postgres),
         ("broker", stack.kill_kafka, stack.restart_kafka),
-    ):
+        ("frozen database", partial(_freeze, stack), partial(_thaw, stack)),
+        ("frozen broker", partial(_freeze, stack, broker=True), partial(_thaw, stack, broker=True)),
+    )[: 4 if LONG else 2]:
         before = len(load.ids)
         await asyncio.to_thread(away)
         gone = time.monotonic()
@@ -270,7 +282,13 @@ async def test_servers_that_are_away_under_load_cost_nothing(
         try:
             await world.until(partial(_answered, world, made), within=RECOVERY_SECONDS_MAX)
         except AssertionError as error:
-            error.add_note(f"{len(made)} of {count} unanswered; retries: {_retries(worker)}")
+            unanswered = [id_ for id_ in load.ids if not world.answers.get(id_)]
+            errors = [
+                line for line in worker.logs.lines if line.get("level") in {"error", "critical"}
+            ]
+            error.add_note(
+                f"{len(unanswered)} of {count} unanswered: {unanswered[:9]}; {errors[-9:]}"
+            )
             raise
         drained = time.monotonic()
         for name in urls:
@@ -289,6 +307,7 @@ async def test_servers_that_are_away_under_load_cost_nothing(
     for name in urls:
         assert probes.between(begun, time.monotonic(), name, "/livez") == {200}
     await _account_for(world, load)
+    await _ends_in_time(world, stack, worker)
     _tell(
         f"{len(load.ids)} events, {dict(load.kinds)}; {load.repeats} sends repeated; lost 0, twice 0"
     )
@@ -303,6 +322,43 @@ def _answered(world: World, ids: deque[str]) -> bool:
 
 def _retries(worker: Process) -> dict[str, int]:
     return dict(Counter(line["cause"] for line in worker.logs.of("batch_retried")))
+
+
+async def _ends_in_time(world: World, stack: EmbeddedStack, worker: Process) -> None:
+    """Without any server a worker still ends in order, within its budget, and says what it left."""
+    await asyncio.gather(
+        asyncio.to_thread(stack.kill_postgres), asyncio.to_thread(stack.kill_kafka)
+    )
+    told = time.monotonic()
+    await worker.stop()
+    assert time.monotonic() - told < STOP_SECONDS_MAX
+    (left,) = worker.logs.of("worker_stopped")
+    assert (left["batches_rolled_back"], left["outbox_records"]) == (0, None)
+    world.workers.remove(worker)
+    await asyncio.to_thread(stack.start)
+
+
+async def _kill_process(world: World, what: str) -> None:
+    """SIGKILL one of the database's processes, of a worker's session if it is one."""
+    query = "SELECT pid FROM pg_stat_activity WHERE backend_type = $1 AND (application_name LIKE 'credit-workers%' OR $2)"
+    pid = await world.database.fetchval(query, what, what != "client backend")
+    os.kill(pid, signal.SIGKILL)
+
+
+def _processes(stack: EmbeddedStack, *, broker: bool) -> list[psutil.Process]:
+    servers = stack.start()  # they run: it only says where
+    process = psutil.Process(servers.kafka_pid if broker else servers.postgres_pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _freeze(stack: EmbeddedStack, *, broker: bool = False) -> None:
+    for process in _processes(stack, broker=broker):
+        process.suspend()
+
+
+def _thaw(stack: EmbeddedStack, *, broker: bool = False) -> None:
+    for process in _processes(stack, broker=broker):
+        process.resume()
 
 
 def _tell(figures: str) -> None:
@@ -324,23 +380,21 @@ async def _account_for(world: World, load: Load) -> None:
     )
     assert {row["id"]: row["entries"] for row in rows} == load.ids
     kinds = load.kinds
-    granted = await world.database.fetchval(
-        "SELECT sum(purchased) FROM accounts WHERE account_id ~ '^user:u[0-9]+$'"
-    )
     spent = kinds["booking.requested"] + kinds["generation.completed"]
-    assert granted == kinds["credits.granted"]
-    assert await _has(world, "healer") == kinds["booking.requested"]
-    assert await _has(world, "buyer") == 100 * kinds["webhook"]
-    assert await _has(world, RICH) == 10**7 - spent
+    assert await _have(world, "u") == kinds["credits.granted"]
+    assert await _have(world, "healer") == kinds["booking.requested"]
+    assert await _have(world, "buyer") == 100 * kinds["webhook"]
+    assert await _have(world, RICH) == 10**7 - spent
     assert await world.dead() == {}
     assert await world.database.fetchval("SELECT count(*) FROM parked") == 0
     await eventually(lambda: _outbox_is_empty(world))
     await world.check_books()
 
 
-async def _has(world: World, user: str) -> int:
-    query = "SELECT subscription + purchased FROM accounts WHERE account_id = $1"
-    return await world.database.fetchval(query, f"user:{user}")
+async def _have(world: World, users: str) -> int:
+    """What all users of this name and a number have."""
+    query = "SELECT sum(subscription + purchased) FROM accounts WHERE account_id ~ $1"
+    return int(await world.database.fetchval(query, f"^user:{users}[0-9]*$"))
 
 
 async def _outbox_is_empty(world: World) -> bool:

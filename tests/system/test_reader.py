@@ -79,6 +79,42 @@ async def test_a_partition_that_cannot_be_read_costs_the_others_nothing(
     }
 
 
+async def test_fetching_that_ends_by_itself_is_begun_anew(world: World) -> None:
+    """The library's fetching task dies of an error that it does not know: records go on, none is lost, and it ends in order."""
+    partition = TopicPartition(world.settings.topic(ACCOUNT), 0)
+    start = (await world.ends(ACCOUNT))[ACCOUNT, 0]
+    await world.publish_all(ACCOUNT, [("weather.changed", {})] * 2, partitions=[0])
+    reader = Reader(bootstrap_servers=world.settings.kafka_bootstrap)
+    reader.assign([partition])
+
+    async def fails(*_: object) -> bool:
+        raise ZeroDivisionError
+
+    async def has_ended() -> bool:
+        return reader._fetcher.error_future.done()
+
+    async with reader:
+        reader.seek(partition, start)
+        first = await reader.getmany(timeout_ms=10_000, max_records=1)
+        proceed = reader._fetcher._proc_fetch_request
+        reader._fetcher._proc_fetch_request = fails
+        await reader.getmany(
+            timeout_ms=10_000
+        )  # what was fetched already; now the next fetch is begun
+        await eventually(has_ended)
+        reader._fetcher._proc_fetch_request = proceed
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+
+        after = await reader.getmany(timeout_ms=10_000)
+
+        assert [record.offset for record in first[partition]] == [start]
+        assert [record.offset for record in after[partition]] == [start + 2]
+        reader._fetcher._proc_fetch_request = fails
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        await reader.getmany(timeout_ms=1000)
+        await eventually(has_ended)
+
+
 async def test_a_partition_that_cannot_be_read_is_told_when_there_is_nothing_else(
     world: World,
 ) -> None:
