@@ -491,8 +491,8 @@ class Ledger:
         state, now = await load(connection, reach)
         try:
             return execute(state, commands, now=now, catalogue=catalogue, ids=ids)
-        except LotsNotLoaded as error:
-            log.info("lots_loaded_anew", account=str(error))
+        except LotsNotLoaded:
+            log.info("lots_loaded_anew", commands=len(commands))
         state, now = await load(connection, reach, all_lots=True)
         return execute(state, commands, now=now, catalogue=catalogue, ids=again)
 
