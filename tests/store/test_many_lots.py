@@ -13,7 +13,19 @@ from workers.store.sql import SQL
 
 from .commands_kit import Analysed, crowd, literal, rows_read_prepared
 from .journal import problems
-from .kit import adjust, book, complete, grant, ledger_over, money, outcomes, register, request
+from .kit import (
+    adjust,
+    book,
+    complete,
+    grant,
+    ledger_over,
+    money,
+    outcomes,
+    pack,
+    register,
+    request,
+    stripe,
+)
 from .test_loading import PLANNED
 from .test_statements import cost
 from .wire import proxy_to
@@ -82,6 +94,22 @@ async def test_a_spend_loads_what_covers_it(pool: asyncpg.Pool) -> None:
 
     # What is more than all that there is will be refused without a look at a lot.
     assert loaded == [(16, True), (60, False), (60, False), (16, True)]
+
+
+async def test_a_lot_that_is_used_up_is_found_by_who_names_it(
+    ledger: Ledger, owner: asyncpg.Connection
+) -> None:
+    """Everything was clawed from an account that has nothing else: what comes back goes where it was (R7)."""
+    refund = {"id": "re_1", "amount": 990, "payment_intent": "pi_cs_1"}
+    await ledger.apply([pack("cs_1", None, user="ann")])
+    await ledger.apply([stripe("refund.created", {**refund, "status": "succeeded"})])
+    assert await money(owner, "ann") == (0, 0, 0, 0)
+
+    report = await ledger.apply([stripe("refund.failed", {**refund, "status": "failed"})])
+
+    assert outcomes(report) == {"applied": 1}
+    assert await money(owner, "ann") == (0, 100, 0, 0)
+    assert await owner.fetchval("SELECT count(*) FROM lots") == 1
 
 
 @pytest.mark.usefixtures("earned")
