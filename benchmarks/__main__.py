@@ -83,8 +83,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--latency-seconds",
         type=float,
-        default=5.0,
-        help="length of each run of the case latency (default 5)",
+        default=4.0,
+        help="length of each run of the case latency (default 4)",
     )
     parser.add_argument(
         "--growth-accounts",

@@ -1,6 +1,6 @@
 """A ledger of any size, made in the database: what would take the worker hours takes minutes.
 
-Each account has bought once and spent the rest of its entries on generations, one each; the worker's memory has a command
+Each account was given credits once and spent them on generations, one for each further entry; the worker's memory has a command
 for every entry, under a random key as publishers' are. Triggers are off while rows are made and on again before anything
 is measured; versions, totals, lots and the links of the chain are as the triggers demand of what comes after. The hashes
 themselves are of a shorter text than the ledger's: nobody audits this.
@@ -22,7 +22,7 @@ from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
 from workers.store.migrations import migrate
 
 # Measured on filled ledgers: rows and indexes of an account with its lot; of an entry with its command and generation.
-ACCOUNT_BYTES, ENTRY_BYTES = 650, 1280
+ACCOUNT_BYTES, ENTRY_BYTES = 410, 1300
 # The write-ahead log between two checkpoints, and room to sort an index.
 SPARE_BYTES = 6 << 30
 ENTRIES_AT_ONCE = 200_000
@@ -82,7 +82,7 @@ accounts_made AS (
 lots_made AS (
     INSERT INTO lots (lot_id, account_id, pool, granted, remaining, source_kind, source_reference, granted_version,
                       granted_at)
-    SELECT lot_id, account_id, 'purchased', $5::bigint, $5::bigint - ($3::bigint - 1) * $6::bigint, 'purchase', 'checkout:cs_' || n, 1, at FROM made),
+    SELECT lot_id, account_id, 'purchased', $5::bigint, $5::bigint - ($3::bigint - 1) * $6::bigint, 'promotion', 'benchmark:' || n, 1, at FROM made),
 versions AS MATERIALIZED (
     SELECT made.*, v, md5(n || '/' || v) AS key, md5('entry ' || n || '/' || v)::uuid AS entry_id,
            $5::bigint - (v - 1) * $6::bigint AS after
@@ -99,7 +99,7 @@ INSERT INTO entries (
     account_id, version, entry_id, transaction_id, kind, subscription_delta, purchased_delta, held_delta, debt_delta,
     balance_before, balance_after, subscription_after, purchased_after, held_after, debt_after, allocation, cause,
     topic, partition, kafka_offset, catalogue_version, occurred_at, recorded_at, previous_hash, hash)
-SELECT account_id, v, entry_id, entry_id, CASE v WHEN 1 THEN 'purchase' ELSE 'generation_debit' END,
+SELECT account_id, v, entry_id, entry_id, CASE v WHEN 1 THEN 'promotion' ELSE 'generation_debit' END,
        0, delta, 0, 0, after - delta, after, 0, after, 0, 0,
        jsonb_build_array(jsonb_build_object('lot_id', lot_id, 'pool', 'purchased', 'amount', delta, 'held', 0)),
        jsonb_build_object('source', 'benchmark', 'type',
@@ -125,15 +125,30 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
     """Make a database with a ledger of that size. Returns it, and its bytes."""
     name = f"growth_{size.accounts}_{size.entries}"
     url = at(server_url, name)
+    await administer(server_url, f'DROP DATABASE IF EXISTS "{name}"', f'CREATE DATABASE "{name}"')
+    await migrate(url)
+    # While rows are made, and only then, checkpoints are few.
     await administer(
         server_url,
-        f'DROP DATABASE IF EXISTS "{name}"',
-        f'CREATE DATABASE "{name}"',
         "ALTER SYSTEM SET max_wal_size = '4GB'",
         "ALTER SYSTEM SET checkpoint_timeout = '30min'",
         "SELECT pg_reload_conf()",
     )
-    await migrate(url)
+    try:
+        stored = await _fill(url, size, say)
+    finally:
+        await administer(
+            server_url,
+            "ALTER SYSTEM RESET max_wal_size",
+            "ALTER SYSTEM RESET checkpoint_timeout",
+            "SELECT pg_reload_conf()",
+            "CHECKPOINT",
+        )
+    return Place(name, shared=True), stored
+
+
+async def _fill(url: str, size: Size, say: Callable[[str], None]) -> int:
+    """Rows first, then indexes and statistics, and what guards the tables last. Returns the bytes of all."""
     async with connected(url) as connection:
         await install(connection, parse_catalogue(DEFAULT_CATALOGUE))
         tables = await connection.fetch(
@@ -168,15 +183,7 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
         for table in ANALYSED:
             say(f"{size}: statistics of {table}")
             await connection.execute(f"VACUUM (ANALYZE) {table}")
-        stored = await connection.fetchval("SELECT pg_database_size(current_database())")
-    await administer(
-        server_url,
-        "ALTER SYSTEM RESET max_wal_size",
-        "ALTER SYSTEM RESET checkpoint_timeout",
-        "SELECT pg_reload_conf()",
-        "CHECKPOINT",
-    )
-    return Place(name, shared=True), int(stored)
+        return int(await connection.fetchval("SELECT pg_database_size(current_database())"))
 
 
 async def _make_rows(url: str, size: Size, say: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ OTHER_CASES = {
 }
 ALL_CASES: Mapping[str, str] = dict([*CASES.items(), *OTHER_CASES.items()])
 TUNED_ON: CaseName = "uniform"
-CONSUMERS = {"straightforward": (4, 8, 16), "sql_function": (4, 8, 16)}
+CONSUMERS = {"straightforward": (4, 8, 16), "sql_function": (8, 16)}
 TUNING_ATTEMPTS_MAX = 2
 # So much of the processors in others' hands, and a figure is not to be trusted.
 FOREIGN_SHARE_MAX = 0.05

@@ -6,15 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.books import Effects, VoidError, connected, judge, look_before, same
+from benchmarks.books import (
+    Effects,
+    VoidError,
+    administer,
+    at,
+    connected,
+    judge,
+    look_before,
+    same,
+)
 from benchmarks.cases import workload
-from benchmarks.growth import NoRoomError, Size, check_room
+from benchmarks.growth import NoRoomError, Size, check_room, fill
 from benchmarks.programme import CASES, Findings, Plan, Programme
 from benchmarks.run import Stage, Start
 from benchmarks.subjects import SubjectError
 
 from benchmarks import cases, programme
 from workers.embedded import Servers
+from workers.operations.audit import audit
+from workers.store.database import open_pool
 
 TINY = Plan(
     cases=(),
@@ -29,6 +40,19 @@ TINY = Plan(
     starts=1,
     sizes=(Size(300, 600), Size(600, 3000)),
     counted=False,
+)
+
+
+GUARDS = (
+    "SELECT tgrelid::regclass::text, tgname, tgenabled FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1, 2",
+    (
+        "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid), indisprimary, indisvalid FROM pg_index "
+        "JOIN pg_class ON oid = indrelid WHERE relnamespace = 'credits'::regnamespace ORDER BY 1"
+    ),
+    (
+        "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = 'credits'::regnamespace ORDER BY 1, 2"
+    ),
 )
 
 
@@ -101,6 +125,33 @@ async def test_growth_is_measured_on_ledgers_of_two_sizes(stage: Stage):
     assert sizes == {"growth_small": 600, "growth_large": 3000}
     (run,) = found.cases["growth_large"]["worker"]
     assert run.effects is not None
+
+
+async def test_a_ledger_that_was_filled_is_guarded_and_whole(
+    servers: Servers, migrated_database: str
+):
+    """Triggers, indexes and constraints are those of a migrated database; of what an audit asks only hashes are not right."""
+    place, stored = await fill(servers.database_url, Size(100, 500), lambda _: None)
+    url = at(servers.database_url, place.name)
+    try:
+        guards = []
+        for one in (at(servers.database_url, migrated_database), url):
+            async with connected(one) as database:
+                guards.append([await database.fetch(query) for query in GUARDS])
+        pool = await open_pool(url)
+        try:
+            verdicts = (await audit(pool)).verdicts
+        finally:
+            await pool.close()
+    finally:
+        await administer(servers.database_url, f'DROP DATABASE "{place.name}" WITH (FORCE)')
+
+    assert all(guards[0])
+    assert guards[0] == guards[1]
+    assert {verdict.invariant.name: verdict.found for verdict in verdicts if verdict.found} == {
+        "hashes_are_contents": 500
+    }
+    assert stored > 1_000_000
 
 
 async def test_latency_counts_every_event_from_when_it_was_due(stage: Stage):
