@@ -82,7 +82,9 @@ async def test_the_old_tables_follow_the_ledger(
     ):
         await world.applied(await world.publish(ACCOUNT, type_, data))
         # A group of its own is told everything from the beginning.
-        told = surroundings(world, CREDITS_SOURCE_URL=database_url + IN_PUBLIC, FEED_GROUP=f"{user}-{version}")
+        told = surroundings(
+            world, CREDITS_SOURCE_URL=database_url + IN_PUBLIC, FEED_GROUP=f"{user}-{version}"
+        )
         program = await Program.start((*python("legacy/feed.py"), kind), told, world.news)
 
         async def has_come(wanted: int = version, program: Program = program) -> bool:
