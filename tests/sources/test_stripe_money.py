@@ -52,12 +52,20 @@ def test_a_refund_that_failed_says_so_by_its_event_too() -> None:
 
 
 def test_a_charge_says_all_that_was_refunded_of_it() -> None:
-    """Accounts of an older API version tell the sum, and no refund."""
-    charge = {**example("charge"), "id": "ch_1", "payment_intent": "pi_1", "amount_refunded": 700}
+    """And what was charged. Accounts of an older API version tell the sum, and no refund."""
+    charge = {
+        **example("charge"),
+        "id": "ch_1",
+        "payment_intent": "pi_1",
+        "amount": 1000,
+        "amount_refunded": 700,
+    }
 
-    assert action(stripe("charge.refunded", charge)) == RefundCharge(BOTH, 700)
+    assert action(stripe("charge.refunded", charge)) == RefundCharge(BOTH, 700, 1000)
     alone = {**charge, "payment_intent": None}
-    assert action(stripe("charge.refunded", alone)) == RefundCharge(PaymentIds("ch_1", "ch_1"), 700)
+    assert action(stripe("charge.refunded", alone)) == RefundCharge(
+        PaymentIds("ch_1", "ch_1"), 700, 1000
+    )
 
 
 @pytest.mark.parametrize(
