@@ -293,7 +293,9 @@ def test_every_page_is_accessible(
     browser.size(width)
     found = {"/console/login": _judged(browser, axe)}
     browser.log_in()
-    for path in (*PAGES, f"/console/dead-letters/{number}"):
+    # In the dark and on a phone: those that differ from one another.
+    paths = PAGES if theme == "light" else (*PAGES[:2], *PAGES[4:7:2])
+    for path in (*paths, f"/console/dead-letters/{number}"):
         browser.open(path)
         for part in browser.all("details:not([open]) summary"):
             part.click()

@@ -271,7 +271,7 @@ async def test_a_defect_of_ours_shows_nothing_from_the_inside(
 
 
 async def test_the_description_names_every_route_its_errors_and_its_security(tools: Any) -> None:
-    """The OpenAPI document has exactly our routes, asks for the token under /v1 only, and has a
+    """The OpenAPI document has exactly our routes, asks for the token under /v1 and /api only, and has a
     422 only where we send one: for a key that names another content.
     """
     async with tools.running(tools.settings()) as client:
@@ -285,7 +285,9 @@ async def test_the_description_names_every_route_its_errors_and_its_security(too
         "/v1/accounts/{owner}/entries",
         "/v1/accounts/{owner}/lots",
         "/v1/accounts/{owner}/holds",
+        "/v1/accounts/{owner}/fragment",
         "/v1/commands",
+        "/api/admin/sync-credits",
     }
     assert schema["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert "Problem" in schema["components"]["schemas"]
@@ -295,7 +297,7 @@ async def test_the_description_names_every_route_its_errors_and_its_security(too
             assert ("422" in operation["responses"]) == (
                 method == "post" and path == "/v1/commands"
             )
-            assert ("security" in operation) == path.startswith("/v1/")
+            assert ("security" in operation) == path.startswith(("/v1/", "/api/"))
 
 
 async def test_the_process_starts_without_servers_and_stops_when_told(tools: Any) -> None:

@@ -1,6 +1,7 @@
 """Accounts: found by any id, shown whole, and given or corrected credits with a reason."""
 
 import asyncio
+import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 ENTRIES_LISTED = 25
 ENTRIES_DRAWN = 300
 CREDITS_MAX = 10**12
+_DIGITS = re.compile(r"[0-9]{1,19}")
 
 # What can be asked for here: the form's name, and the type of the command.
 TYPES = {"give": "credits.granted", "correct": "credits.adjusted"}
@@ -242,7 +244,7 @@ def _chart(why: Why, drawn: list[CreditChanged]) -> BalanceChart | None:
 
 
 def _version(text: str) -> int | None:
-    return min(int(text), VERSION_MAX) if text.isascii() and text.isdecimal() and text else None
+    return min(int(text), VERSION_MAX) if _DIGITS.fullmatch(text) else None
 
 
 def _moment(text: str) -> tuple[datetime | None, str]:
@@ -261,7 +263,7 @@ def _understood(visit: Visit, action: str, owner: str, given: dict[str, str]) ->
     if ID.match(given["key"]) is None:
         raise ValueError("This form lost its key: begin with a new one.")
     text = given["credits"].replace(",", "").replace(" ", "")
-    if not (text.isascii() and text.isdecimal()) or not 0 < int(text[:20]) <= CREDITS_MAX:
+    if _DIGITS.fullmatch(text) is None or not 0 < int(text) <= CREDITS_MAX:
         raise ValueError(f"Credits: a whole number from 1 to {CREDITS_MAX:,}.")
     if not given["reason"]:
         raise ValueError("A reason is needed: it is kept with the entry.")

@@ -1,5 +1,6 @@
 """Imports of the old systems: their runs, where any were made here."""
 
+import re
 from typing import Any
 
 import asyncpg
@@ -11,7 +12,9 @@ from workers.gateway.console.pages import Pages, Visit
 from workers.store.reads import Pool
 
 RUNS_LISTED = 50
-TABLE = "import_runs"
+TABLE = "imports"
+# Where a run says where its rows came from, whoever wrote it there with a password.
+_LOGIN = re.compile(r"//[^/@\s]*@")
 
 # A release that imports has the table; one that does not is no reason to fail.
 _COLUMNS = """
@@ -36,10 +39,14 @@ async def _runs(pool: Pool) -> tuple[list[str] | None, list[list[Any]]]:
         columns = [row["name"] for row in await connection.fetch(_COLUMNS, TABLE)]
         if not columns:
             return None, []
-        order = next((name for name in columns if name in {"started_at", "run_id"}), columns[0])
+        order = next((name for name in columns if name in {"started_at", "import_id"}), columns[0])
         await connection.execute("SET LOCAL enable_seqscan = on")
         rows: list[asyncpg.Record] = await connection.fetch(
-            f"SELECT * FROM {TABLE} ORDER BY {order} DESC LIMIT $1",  # noqa: S608 - names of the schema
+            f'SELECT * FROM {TABLE} ORDER BY "{order}" DESC LIMIT $1',  # noqa: S608 - names of the schema
             RUNS_LISTED,
         )
-    return columns, [list(row.values()) for row in rows]
+    return columns, [[_shown(value) for value in row.values()] for row in rows]
+
+
+def _shown(value: Any) -> Any:
+    return _LOGIN.sub("//…@", value) if isinstance(value, str) else value

@@ -1,5 +1,6 @@
 """Dead letters: found, looked at, sent in again or put away, each with a reason."""
 
+import re
 from collections.abc import Iterator
 
 import structlog
@@ -26,7 +27,7 @@ log = structlog.get_logger()
 
 LETTERS_LISTED = 100
 VALUE_BYTES_SHOWN = 16 * 1024
-NUMBER_MAX = 2**62
+_DIGITS = re.compile(r"[0-9]{1,18}")
 LIST = "/console/dead-letters"
 
 
@@ -126,7 +127,7 @@ def _done(visit: Visit) -> tuple[str, int, int] | None:
 
 
 def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text[:20]) > NUMBER_MAX:
+    if _DIGITS.fullmatch(text) is None:
         raise Problem(404, "unknown", "There is no such dead letter.")
     return int(text)
 

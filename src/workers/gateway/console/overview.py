@@ -48,13 +48,15 @@ WITH last AS MATERIALIZED (
            CASE WHEN count(*) = $2 THEN min(recorded_at)
                 ELSE clock_timestamp() - make_interval(secs => $1) END AS since
     FROM last
+), counted AS (
+    SELECT least(greatest(width_bucket(extract(epoch FROM l.recorded_at), extract(epoch FROM s.since),
+                                       extract(epoch FROM s.until), $3), 1), $3) AS bar, count(*) AS changes
+    FROM last l CROSS JOIN span s GROUP BY 1
 )
 SELECT s.changes, s.since, s.until,
        (SELECT count(*) FROM last WHERE recorded_at > s.until - interval '1 minute') AS last_minute,
-       ARRAY(SELECT count(l.recorded_at) FROM generate_series(1, $3) bar
-             LEFT JOIN last l ON bar = least(greatest(width_bucket(
-                 extract(epoch FROM l.recorded_at), extract(epoch FROM s.since), extract(epoch FROM s.until), $3), 1), $3)
-             GROUP BY bar ORDER BY bar) AS counts
+       ARRAY(SELECT coalesce(c.changes, 0) FROM generate_series(1, $3) bar LEFT JOIN counted c USING (bar)
+             ORDER BY bar) AS counts
 FROM span s
 """
 _LATEST = """

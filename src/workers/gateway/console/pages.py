@@ -150,9 +150,13 @@ class Pages:
         try:
             return await within(PAGE_SECONDS_MAX, answer())
         except Problem as problem:
-            status, title, told = problem.status, _TITLES.get(problem.status, "No"), problem.detail
+            status, title, told = (
+                problem.status,
+                _TITLES.get(problem.status, "That did not work"),
+                problem.detail,
+            )
         except HTTPException as error:
-            status, title, told = error.status_code, "No", str(error.detail)
+            status, title, told = error.status_code, "That did not work", str(error.detail)
         except (MalformedOwner, Refused) as error:
             status, title = 400, "That is not right"
             told = error.detail if isinstance(error, Refused) else str(error)
@@ -206,7 +210,14 @@ class Pages:
         return RedirectResponse(f"{LOGIN}?next={quote(came_for, safe='')}", 303, HEADERS)
 
 
-_TITLES = {400: "That is not right", 403: "Not allowed", 404: "Not found", 413: "Too large"}
+_TITLES = {
+    400: "That is not right",
+    403: "Not allowed",
+    404: "Not found",
+    408: "Too slow",
+    413: "Too large",
+    422: "Something is missing",
+}
 
 
 async def read_form(request: Request) -> dict[str, list[str]]:
