@@ -24,7 +24,7 @@ from .kafka import PARTITIONS
 from .process import NAMES, Dead, Process, World
 
 USERS = ("ann", "bob", "cat", "dan")
-RECORDS, TURNS = 40, 300
+RECORDS, TURNS = 40, 700
 # How long a worker may take to its next boundary before the database is asked whether it waits for a lock.
 LOOK_SECONDS = 0.005
 # The database's clock, where it decides and where it says for whom something is due: they must never disagree.
@@ -59,8 +59,8 @@ class Mix:
             error=dice.uniform(0, 0.02),
             cut=dice.uniform(0, 0.01),
             unheard_commit=dice.uniform(0, 0.3),
-            refused_send=dice.uniform(0, 0.1),
-            unheard_send=dice.uniform(0, 0.1),
+            refused_send=dice.uniform(0, 0.25),
+            unheard_send=dice.uniform(0, 0.25),
             refused_offsets=dice.uniform(0, 0.3),
             unheard_offsets=dice.uniform(0, 0.3),
             rebalance=dice.uniform(0, 0.02),
