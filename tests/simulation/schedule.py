@@ -1,8 +1,9 @@
 """A seeded schedule: several workers, step by step, while everything goes wrong that a seed has drawn.
 
 One seed draws the workload, the mix of faults and whose step is next. Workers take turns: one of them goes from one
-boundary to the next, or until it waits for a lock, and only then is the next step drawn; so a seed tells the same story
-again. When the turns are over nothing goes wrong any more, one more worker does what is left, and the verdict is spoken.
+boundary to the next, or until it waits for a lock, and only then is the next step drawn; so a seed tells nearly the same
+story again (when the server notices that a session is dead is not in its power). When the turns are over nothing goes
+wrong any more, one more worker does what is left, and the verdict is spoken.
 """
 
 import asyncio
