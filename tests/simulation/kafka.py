@@ -26,7 +26,7 @@ from workers.messages.record import Record
 from workers.store.set_aside import Work
 
 PARTITIONS = 2
-BATCH_MESSAGES_MAX = 3
+BATCH_MESSAGES_MAX = 2
 SENT_MS = int(RECEIVED_AT.timestamp() * 1000)
 At = Callable[[str], Awaitable[str | None]]
 

@@ -1,6 +1,6 @@
 """What the broker refuses holds back what follows it, and nothing else; what it does not acknowledge is overtaken by nothing.
 
-The broker takes batches of three messages here, so that an account's changes need several.
+The broker takes batches of two messages here, so that an account's changes need several.
 """
 
 import asyncio
