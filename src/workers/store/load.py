@@ -286,7 +286,8 @@ async def _load_lots(
         if not account.whole and account.purchased:
             lacking[name, "purchased"] = asked.get(name, 0)
     # Most of what is named comes with the first lots; where there are none it has to be asked for.
-    whole, named = list(giving), set() if lacking or giving else named_lots(state)
+    whole = list(giving)
+    named = set() if lacking or giving else named_lots(reach, state)
     offset, limit = 0, LOTS_AT_FIRST
     while lacking or whole or named:
         pools = [list(names) for names in zip(*lacking, strict=True)] or [[], []]
