@@ -187,11 +187,6 @@ POOL_SIZE = Gauge(
 STALLED = Gauge(
     "credits_stalled", "1 while consumption is paused for the database, else 0.", registry=REGISTRY
 )
-LOOP_LAG_SECONDS = Gauge(
-    "credits_loop_lag_seconds",
-    "How late the process was at its last beat: seconds mean that it is frozen now and then, or busy with one thing.",
-    registry=REGISTRY,
-)
 HELD = Gauge(
     "credits_intake_held",
     "1 while no records are taken because the outbox is full, else 0.",

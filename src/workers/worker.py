@@ -290,13 +290,10 @@ class Worker:
 
     async def _listen_to_broker(self) -> None:
         """Know whether Kafka answers although nothing is published: a consumer waits in silence."""
-        clock = asyncio.get_running_loop().time
         while True:
             if await self._consumer.broker_answers():
                 self._hear("kafka")
-            due = clock() + BEAT_SECONDS
             await asyncio.sleep(BEAT_SECONDS)
-            telemetry.LOOP_LAG_SECONDS.set(max(0.0, clock() - due))
 
     async def _database_is_back(self) -> bool:
         """Whether it can be written to. Raises UnsafeDatabaseError for one that must not: a failover may lead anywhere."""

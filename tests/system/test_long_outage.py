@@ -174,7 +174,9 @@ class Probes:
 
     async def run(self) -> None:
         """Ask until cancelled."""
-        async with httpx.AsyncClient(timeout=10) as client:
+        # Each question has a connection of its own: one that was kept may be closed just when it is used.
+        own = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=10, limits=own) as client:
             while True:
                 await asyncio.gather(
                     *(self._ask(client, name, path) for name in self._urls for path in PATHS)
