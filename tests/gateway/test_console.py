@@ -17,7 +17,7 @@ import httpx
 import pytest
 import structlog
 
-from workers.gateway.console import pages, sessions
+from workers.gateway.console import overview, pages, sessions
 from workers.gateway.console.sessions import Patience, Session, Sessions
 from workers.gateway.tokens import Tokens
 from workers.messages.record import encode_headers
@@ -734,15 +734,16 @@ async def test_light_or_dark_is_remembered(stranger: Visitor) -> None:
 
 
 async def test_while_the_database_is_away_pages_say_so(
-    database_door: tuple[Any, str], tools: Any
+    database_door: tuple[Any, str], tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The overview stands and says what it does not know; other pages are a sentence; all recover by themselves."""
     door, address = database_door
+    for name in ("HEALTH_FRESH_SECONDS", "PULSE_FRESH_SECONDS"):
+        monkeypatch.setattr(overview, name, 0.0)  # each visit asks
     async with tools.running(tools.settings(database_url=address)) as client:
         visitor = Visitor(client)
         await visitor.log_in(tools.admin)
-        overview = await visitor.page("/console")
-        assert "The database does not answer" in overview
+        assert "The database does not answer" in await visitor.page("/console")
         response = await client.get("/console/accounts/user:ada")
         assert response.status_code == 503
         assert "The database does not answer" in response.text
@@ -751,7 +752,7 @@ async def test_while_the_database_is_away_pages_say_so(
         await tools.eventually(lambda: client.get("/console"), "Latest changes")
         door.hang()
         try:
-            hanging = await client.get("/console", timeout=5)
+            hanging = await client.get("/console", timeout=4)
             assert hanging.status_code == 200
         finally:
             door.resume()
