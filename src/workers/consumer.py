@@ -36,6 +36,7 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 
 from workers import telemetry
 from workers.batch import Ledger, Report
+from workers.ledger.model import Alert
 from workers.messages.record import Record
 from workers.reader import BATCHES_MAX, Reader
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
@@ -110,6 +111,8 @@ class Consumer:
         # A batch that waits for the database must not cost the group: the worker polls again long before that.
         self._patience_seconds = min(PATIENCE_SECONDS, settings.max_poll_interval_ms / 3000)
         self._probe: asyncio.Task[None] | None = None
+        # Up to where deletions were told, so that each is told once.
+        self._told_deleted: dict[TopicPartition, int] = {}
         options = kafka_options(settings)
         self._broker = KafkaBroker(
             options["bootstrap_servers"],
@@ -301,6 +304,42 @@ class Consumer:
             offsets={str(partition.partition): offset for partition, offset in last.items()},
         )
 
+    async def tell_deleted(
+        self, name: str, consumer: AIOKafkaConsumer, assigned: set[TopicPartition]
+    ) -> None:
+        """Alert when records were deleted before anybody read them (R11): the topic keeps them for a shorter time than nobody
+        read. Kafka's client would go on behind the gap without a word.
+        """
+        deleted: dict[str, int] = {}
+        try:
+            async with asyncio.timeout(BROKER_SECONDS):
+                kept = await consumer.beginning_offsets(assigned) if assigned else {}
+                for partition, first in kept.items():
+                    committed = await consumer.committed(partition)
+                    if committed is None:
+                        continue  # a group that is new begins where the topic begins
+                    if committed < first and self._told_deleted.get(partition) != first:
+                        deleted[str(partition.partition)] = first - committed
+                        self._told_deleted[partition] = first
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.warning("deleted_records_not_looked_for", topic=name, exc_info=error)
+        if not deleted:
+            return
+        telemetry.DELETED_UNREAD.labels(topic=name).inc(sum(deleted.values()))
+        log.critical("records_deleted_unread", topic=name, records=deleted)
+        message = (
+            f"MANUAL FIX REQUIRED: {sum(deleted.values())} records of {name} were deleted before anybody read them. Publish "
+            "them again under their keys, and let the topic keep records for longer than an outage lasts"
+        )
+        alert = Alert("manual_fix_required", None, message, {"topic": name, "records": deleted}, {})
+        try:
+            async with asyncio.timeout(BROKER_SECONDS):
+                self._on_applied(await self._ledger.tell(alert))
+        except Exception as error:
+            if classify(error)[0] != "transient":
+                raise
+            log.warning("alert_not_written", exc_info=error)
+
     # -- when the database is away ----------------------------------------------------------------------------------
 
     def _stall(self, error: BaseException) -> None:
@@ -439,9 +478,10 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                 await self._idle.wait()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
-        """New partitions are paused too while no records are taken."""
+        """New partitions are paused too while no records are taken; and what of them nobody can read any more is told."""
         if self._owner.paused and assigned:
             self._subscriber.consumer.pause(*assigned)
+        await self._owner.tell_deleted(self._name, self._subscriber.consumer, assigned)
 
 
 def observe(report: Report) -> None:

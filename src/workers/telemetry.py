@@ -137,6 +137,12 @@ CONSUMER_LAG = Gauge(
     ["topic"],
     registry=REGISTRY,
 )
+DELETED_UNREAD = Counter(
+    "credits_records_deleted_unread_total",
+    "Records that the topic's retention deleted before anybody read them.",
+    ["topic"],
+    registry=REGISTRY,
+)
 OUTBOX_RECORDS = Gauge(
     "credits_outbox_records", "Messages that wait to be published.", registry=REGISTRY
 )

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import RecordsToDelete
 
 from . import stripe_events as stripe
 from .world import (
@@ -351,3 +353,37 @@ async def test_reading_every_topic_again_from_the_start_changes_and_publishes_no
     assert read_again > 20
     assert await world.fingerprint() == known
     assert await world.ends(*outbound) == published
+
+
+async def test_records_that_were_deleted_unread_are_told(world: World) -> None:
+    """Retention that is shorter than the time without a worker is no silent loss: an alert says how many records of which
+    topic are gone, once, and what is left is applied.
+    """
+    user = world.name("u")
+    await world.caught_up(ACCOUNT)
+    await world.stop_workers()
+    for _ in range(3):
+        left = await world.publish(ACCOUNT, "credits.granted", gift(user), partition=0)
+    topic = TopicPartition(world.settings.topic(ACCOUNT), 0)
+    end = (await world.ends(ACCOUNT))[ACCOUNT, 0]
+    await world.admin.delete_records({topic: RecordsToDelete(before_offset=end - 1)})
+
+    worker = world.start_worker()
+    await world.applied(left)
+
+    assert (await world.balance(f"user:{user}"))["total"] == 1
+    (logged,) = worker.logs.of("records_deleted_unread")
+    assert logged["records"] == {"0": 2}
+    await world.until(lambda: len(deletions(world)) == 1)
+    assert deletions(world)[0].startswith(f"MANUAL FIX REQUIRED: 2 records of {ACCOUNT} ")
+
+    await world.stop_workers()
+    world.start_worker()
+    await world.applied(await world.publish(ACCOUNT, "credits.granted", gift(user), partition=0))
+    assert len(deletions(world)) == 1
+
+
+def deletions(world: World) -> list[str]:
+    """What was told of records that nobody had read."""
+    alerts = (alert["message"] for alert in world.alerts(None, "manual_fix_required"))
+    return [message for message in alerts if "were deleted before anybody read them" in message]
