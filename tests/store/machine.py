@@ -297,7 +297,8 @@ class Scene:
     """Whose story it is: the names of its people and things, when it begins, and what was sent so far.
 
     In an `orderly` scene a record means the same whenever it is read, in one batch with others or alone: everybody who
-    buys something says who he is, nobody uses the id of somebody else, a payment pays for one thing, nobody merges.
+    buys something says who he is, nobody uses the id of somebody else, a payment pays for one thing, nobody merges, and no
+    organisation is a mirror: lots that a change of mode moves keep their age, which is that of the batch that made them.
     """
 
     name: str
@@ -456,7 +457,7 @@ class Scene:
             "organization.updated",
             time=self._moment(action.as_of),
             organization_id=self._id(action.organisation),
-            mode=action.mode,
+            mode="shared" if self.orderly else action.mode,
             members=members,
         )
 
@@ -718,7 +719,8 @@ _PINS = _LOTS.format(column="g.hold_allocation", id="item ->> 0", rest="item -> 
 _HOURS = "round(extract(epoch FROM {moment} - $1::timestamptz) / 3600)"
 BOOKS = {
     "accounts": """SELECT account_id, subscription, purchased, held, debt, version, tier, time_zone, state,
-                          merged_into, signup_granted, registered_at IS NOT NULL FROM accounts""",
+                          merged_into, signup_granted, registered_at IS NOT NULL
+                   FROM accounts WHERE version > 0 OR account_id NOT LIKE 'org:%'""",
     "entries": f"""SELECT account_id, version, kind, subscription_delta, purchased_delta, held_delta, debt_delta,
                           balance_after, subscription_after, held_after, debt_after, {_MOVES}, cause ->> 'type',
                           CASE cause ->> 'source' WHEN 'clock' THEN '' ELSE cause ->> 'idempotency_key' END
