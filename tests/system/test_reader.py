@@ -111,8 +111,10 @@ async def test_fetching_that_ends_by_itself_is_begun_anew(world: World) -> None:
         assert [record.offset for record in after[partition]] == [start + 2]
         reader._fetcher._proc_fetch_request = fails
         await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
-        await reader.getmany(timeout_ms=1000)
+        polling = asyncio.create_task(reader.getmany(timeout_ms=10_000))
         await eventually(has_ended)
+        polling.cancel()
+        await asyncio.gather(polling, return_exceptions=True)
 
 
 async def test_a_partition_that_cannot_be_read_is_told_when_there_is_nothing_else(
