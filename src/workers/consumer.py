@@ -371,14 +371,14 @@ class Consumer:
     def hold(self) -> None:
         """Take no more records until `let_go`; those in hand are applied. Polling goes on. Idempotent."""
         self._held = True
-        telemetry.HELD.set(1)
+        telemetry.INTAKE_HELD.set(1)
         for subscription in self._subscriptions.values():
             subscription.pause()
 
     def let_go(self) -> None:
         """Take records again, unless the database is away. Idempotent."""
         self._held = False
-        telemetry.HELD.set(0)
+        telemetry.INTAKE_HELD.set(0)
         self._resume()
 
     def _resume(self) -> None:

@@ -193,7 +193,7 @@ POOL_SIZE = Gauge(
 STALLED = Gauge(
     "credits_stalled", "1 while consumption is paused for the database, else 0.", registry=REGISTRY
 )
-HELD = Gauge(
+INTAKE_HELD = Gauge(
     "credits_intake_held",
     "1 while no records are taken because the outbox is full, else 0.",
     registry=REGISTRY,

@@ -79,10 +79,10 @@ def _row(publication: Publication) -> Any:
     }
 
 
-def _read(message: dict[str, Any]) -> tuple[kafka.KafkaMessage, Any]:
-    names = [name for name, _ in message["headers"]]
+def _read(message: Any) -> tuple[kafka.KafkaMessage, Any]:
+    names = [name for name, _ in message.headers]
     assert len(names) == len(set(names))
-    whole = kafka.KafkaMessage(dict(message["headers"]), message["key"], message["value"])
+    whole = kafka.KafkaMessage(dict(message.headers), message.key, message.value)
     return whole, kafka.from_kafka_event(whole)
 
 

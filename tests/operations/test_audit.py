@@ -1009,6 +1009,19 @@ async def test_an_audit_of_some_accounts_leaves_the_others_out(
     assert eve.counts["entries"] < others.counts["entries"] < everything.counts["entries"]
 
 
+async def test_a_customer_of_two_people_is_nobody_s_to_map(
+    books: str, owner: asyncpg.Connection
+) -> None:
+    """Where the subscriptions of two people name one customer, mapping it to either would send the other's money there."""
+    await owner.execute("DELETE FROM identities WHERE external_id = 'cus_yan'")
+    await owner.execute(
+        """INSERT INTO subscriptions (subscription_id, account_id, customer_id, status, event_at, recorded_at, metadata)
+           VALUES ('sub_eve', 'user:eve', 'cus_yan', 'active', now(), now(), '{"resolved_supabase_user_id": "eve"}')"""
+    )
+
+    assert told(await audited(books)) == []
+
+
 async def test_an_account_is_judged_with_those_that_were_merged_into_it(
     books: str, owner: asyncpg.Connection
 ) -> None:

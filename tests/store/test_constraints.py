@@ -35,6 +35,9 @@ INSERT INTO customers (customer_id, event_at, recorded_at) VALUES ('cus_1', now(
 INSERT INTO stripe_objects VALUES ('invoices/in_1', '{}', now());
 INSERT INTO organisations VALUES ('o1', 'shared', now(), now());
 INSERT INTO members VALUES ('o1', 'ann');
+INSERT INTO imports VALUES ('01940000-0000-7000-8000-000000000001', 'points', 'old/points', '{}', now());
+INSERT INTO imported_rows VALUES ('points', 'ann', 1, '01940000-0000-7000-8000-000000000001', 'imported', 'user:ann', 5, 0, '[]',
+                                  gen_random_uuid(), now());
 INSERT INTO heartbeats VALUES (gen_random_uuid(), 1, '{}', now(), now());
 INSERT INTO activity VALUES ('user:ann', '2026-11-21T12:00:00Z', 1, 0, 0);
 INSERT INTO unusual VALUES ('user:ann', 'many_grants', '2026-11-21T12:00:00Z', '2026-11-21T13:00:00Z');
@@ -51,6 +54,13 @@ BREAKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "acknowledgements_finding_check": ("acknowledgements", "true", {"finding": "\\x00"}),
     "acknowledgements_operator_check": ("acknowledgements", "true", {"operator": ""}),
     "acknowledgements_reason_check": ("acknowledgements", "true", {"reason": ""}),
+    "imports_pkey": ("imports", "true", {}),
+    "imports_kind_check": ("imports", "true", {"import_id": "01940000-0000-7000-8000-000000000002", "kind": "coins"}),
+    "imported_rows_pkey": ("imported_rows", "true", {}),
+    "imported_rows_attempt_check": ("imported_rows", "true", {"attempt": 0}),
+    "imported_rows_state_check": ("imported_rows", "true", {"state": "forgotten"}),
+    "imported_rows_import_id_fkey": ("imported_rows", "true", {"row": "bob", "import_id": "01940000-0000-7000-8000-000000000002"}),
+    "an_imported_row_has_a_transaction": ("imported_rows", "true", {"transaction_id": None}),
     "accounts_pkey": ("accounts", ANN, {}),
     "accounts_state_check": ("accounts", ANN, {"state": "gone"}),
     "accounts_version_check": ("accounts", ANN, {"version": -1}),

@@ -43,6 +43,7 @@ WORKER = {
     "activity": "SELECT INSERT UPDATE DELETE",
     "unusual": "SELECT INSERT UPDATE DELETE",
     "patrol": "SELECT UPDATE",
+    "acknowledgements": "SELECT INSERT",
     "imports": "SELECT INSERT UPDATE",
     "imported_rows": "SELECT INSERT UPDATE",
     "user_credits": "SELECT",

@@ -404,9 +404,10 @@ def named(count: int) -> dict[str, tuple[Any, ...]]:
             [0] * count, nothing, nothing, times,
         ),
         "update_bookings": (bookings, ["closed"] * count, ones),
-        "update_purchases": (keys, ones, ["[]"] * count),
+        "update_purchases": (keys, ones, ["[]"] * count, texts, texts, ones),
         "update_allocations": (
             allocations, accounts, [now + timedelta(days=999)] * count, ones, ones, nothing, [0] * count,
+            nothing, nothing, ones,
         ),
         "update_payments": (payments, nothing, nothing, ones),
         "write_refunds": (payments, refunds, ones, ["failed"] * count, times),

@@ -635,11 +635,13 @@ WHERE g.released_to IS NOT NULL AND (a.account_id IS NULL OR a.state = 'merged' 
 
 -- name: customers_are_mapped
 -- checks: subscriptions
--- The Stripe customer of a subscription is mapped to an account, so that its next invoice finds whose it is.
+-- The Stripe customer of a subscription is mapped to an account, so that its next invoice finds whose it is. Where two
+-- people share one (an old system let them) nobody can say whose it is: the metadata of each event decides (R13).
 SELECT s.account_id, 'subscription', s.subscription_id, 'customer ' || s.customer_id, NULL, s.account_id
 FROM subscriptions s
 WHERE s.customer_id IS NOT NULL AND s.account_id IS NOT NULL
   AND NOT EXISTS (SELECT FROM identities i WHERE i.external_id = s.customer_id AND i.provider = 'stripe')
+  AND NOT EXISTS (SELECT FROM subscriptions o WHERE o.customer_id = s.customer_id AND o.account_id <> s.account_id)
   AND ($1::text[] IS NULL OR s.account_id = ANY($1));
 
 -- name: identities_are_one
