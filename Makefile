@@ -21,7 +21,7 @@ env: $(STAMP) ## Make .venv and fetch the embedded servers
 	@$(BIN)/python -m workers.embedded fetch
 
 test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
-	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift
 	@$(BIN)/ruff format --check .

@@ -19,8 +19,18 @@ import pytest
 from workers.embedded import EmbeddedError, EmbeddedStack, Servers
 from workers.embedded.containers import ContainerStack
 
+# Folders whose files wait longest come first, so that test processes that share the files end together.
+LONGEST_FIRST = (
+    "chaos", "simulation", "system", "up", "embedded", "examples", "benchmarks", "browser", "imports", "ledger", "store",
+)  # fmt: skip
 # Large enough for the tests of records beyond what the service accepts.
 KAFKA_MESSAGE_BYTES_MAX = 10 * 1024 * 1024
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest folders first; within a folder the order stays."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.parent.name, len(ranks)))
 
 
 @pytest.fixture(scope="session")
