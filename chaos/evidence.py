@@ -24,6 +24,8 @@ from workers.store.database import open_pool
 
 CHANGED, REJECTED, BALANCE = "credit.changed", "credit.rejected", "credit.balance"
 AUDIT_SHOWN_MAX = 20
+# Asked while workers live, every ten rounds. At the end they are gone, and nobody does what time would have them do.
+OF_A_RUNNING_CLOCK = ("nothing_is_overdue", "parked_messages_are_tried")
 # What a replay may not change: by account, and as a whole. `usage_days` and holds belong to time as well.
 BY_ACCOUNT = {
     "accounts": "SELECT account_id, md5(string_agg(t::text, '|' ORDER BY t::text)) FROM accounts t GROUP BY 1",
@@ -102,6 +104,8 @@ async def gather(
         dead_told=dead_told,
     )
     evidence.audit = await audited(database_url)
+    for invariant in OF_A_RUNNING_CLOCK:
+        evidence.audit.pop(invariant, None)
     return evidence
 
 

@@ -260,7 +260,8 @@ def _figures(report: dict[str, Any]) -> list[str]:
 
 def _found(report: dict[str, Any]) -> list[str]:
     if not report["findings"]:
-        return ["All fourteen invariants hold.", ""]
+        # What a person judged of a finding that was none, and why.
+        return ["All fourteen invariants hold.", "", *report.get("remarks", ())]
     return ["**Findings:**", "", *(f"- {one}" for one in report["findings"]), ""]
 
 
