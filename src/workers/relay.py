@@ -22,6 +22,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -303,7 +304,7 @@ class Relay:
     ) -> list[asyncpg.Record]:
         """Send to the partitions of a topic side by side."""
         try:
-            partitions = await _partitions(delivery, topic)
+            partitions = tuple(await _partitions(delivery, topic))
         except (*OF_THE_TOPIC, UnknownTopicOrPartitionError) as error:
             self._hold_back((parcels[0].row["aggregatetype"], None), error)
             return []
@@ -312,7 +313,7 @@ class Relay:
             return []
         lanes: defaultdict[int, deque[_Parcel]] = defaultdict(deque)
         for parcel in parcels:
-            lanes[_PARTITIONER(parcel.message.key, partitions, partitions)].append(parcel)
+            lanes[_partition_of(parcel.message.key, partitions)].append(parcel)
         arrived = await asyncio.gather(
             *(self._send_in_order(delivery, topic, *lane) for lane in lanes.items())
         )
@@ -408,6 +409,19 @@ def _clock() -> float:
 
 def _key(row: asyncpg.Record) -> _Key:
     return row["aggregatetype"], row["aggregateid"]
+
+
+def _partition_of(key: bytes | None, partitions: tuple[int, ...]) -> int:
+    """Where Kafka's own clients put a key. What has none may go anywhere."""
+    if key is None:
+        return int(_PARTITIONER(None, partitions, partitions))
+    return _partition_of_key(key, partitions)
+
+
+@lru_cache(maxsize=16_384)
+def _partition_of_key(key: bytes, partitions: tuple[int, ...]) -> int:
+    """The client library's hash is written in Python: it would cost a message more than its encoding."""
+    return int(_PARTITIONER(key, partitions, partitions))
 
 
 async def _partitions(delivery: _Delivery, topic: str) -> list[int]:

@@ -6,11 +6,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from typing import TypeAlias
-from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import asyncpg
 import orjson
+
+# The driver's own, which it gives for columns too: read in a sixth of the standard library's time, and equal to it.
+from asyncpg.pgproto.pgproto import UUID
 
 from workers.ledger.commands import AsOf, CommandKey, Pool
 from workers.ledger.model import (
