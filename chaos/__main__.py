@@ -140,13 +140,6 @@ def _keep(home: Path, plan: Plan) -> None:
     shutil.copytree(home / "logs", kept / "servers")
 
 
-def mutants(document: Path) -> str:
-    """The table of mutants that stands in the document already."""
-    text = document.read_text(encoding="utf-8") if document.exists() else ""
-    begin, end = report.MUTANTS
-    return text.partition(begin)[2].partition(end)[0] or report.NO_MUTANTS
-
-
 def main() -> int:
     """Run everything, print the summary, write the reports."""
     options = _options()
@@ -180,7 +173,8 @@ def main() -> int:
     (REPORTS / "chaos.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     (REPORTS / "chaos.md").write_text(report.markdown(made), encoding="utf-8")
     if options.document:
-        DOCUMENT.write_text(report.document(made, mutants(DOCUMENT)), encoding="utf-8")
+        before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+        DOCUMENT.write_text(report.document(made, before), encoding="utf-8")
     print(json.dumps(made, indent=2) if options.json else report.markdown(made))
     print("Written: reports/chaos.md, reports/chaos.json", file=sys.stderr)
     return 0 if made["clean"] else 1

@@ -22,8 +22,11 @@ PROCESS_KILLS = (
     "backend_killed",
     "database_killed",
 )
-MUTANTS = ("<!-- mutants: begin -->", "<!-- mutants: end -->")
-NO_MUTANTS = "`tests/simulation/test_mutants.py` plants them and prints their table."
+# Parts of the document that come of other runs than a campaign, and what stands there before the first of them.
+OTHERS = {
+    "sweep": "`tests/simulation/test_crash_points.py` dies at them and prints how often.",
+    "mutants": "`tests/simulation/test_mutants.py` plants them and prints their table.",
+}
 KINDS = {
     "worker_killed": "`kill -9` of a worker",
     "all_workers_killed": "`kill -9` of all workers at once (each counted)",
@@ -119,8 +122,8 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
-def document(report: dict[str, Any], mutants: str = NO_MUTANTS) -> str:
-    """`docs/reliability.md`. `mutants` is the table that another test writes, kept as it is."""
+def document(report: dict[str, Any], before: str = "") -> str:
+    """`docs/reliability.md`. What the document said before of other runs is kept as it is."""
     recovery = report["recovery_seconds"]
     lines = [
         "# Reliability",
@@ -158,6 +161,10 @@ def document(report: dict[str, Any], mutants: str = NO_MUTANTS) -> str:
         "",
         *_figures(report),
         *_found(report),
+        "## A death at every boundary",
+        "",
+        *_kept("sweep", before),
+        "",
         "## What is checked",
         "",
         (
@@ -171,14 +178,17 @@ def document(report: dict[str, Any], mutants: str = NO_MUTANTS) -> str:
         "",
         "## That the checker can fail",
         "",
-        MUTANTS[0],
-        mutants.strip(),
-        MUTANTS[1],
+        *_kept("mutants", before),
         "",
         *_repeat(report),
         "",
     ]
     return "\n".join(lines)
+
+
+def _kept(part: str, before: str) -> list[str]:
+    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+    return [begin, before.partition(begin)[2].partition(end)[0].strip() or OTHERS[part], end]
 
 
 INVARIANTS = {
