@@ -22,7 +22,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -42,7 +41,6 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
     UnsupportedForMessageFormatError,
 )
-from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from workers import telemetry, tracing
@@ -56,7 +54,7 @@ from workers.messages.outbound import (
     schema_id,
 )
 from workers.messages.record import decode_headers
-from workers.producer import close_producer, open_producer
+from workers.producer import Partitioner, close_producer, open_producer
 from workers.settings import Settings, require
 from workers.store.database import connect
 from workers.store.sql import SQL
@@ -100,7 +98,7 @@ OF_ITS_ROWS = (
 _Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
 # A topic without its prefix, and a key in it; none: all of them.
 _Key: TypeAlias = tuple[str, str | None]
-_PARTITIONER = DefaultPartitioner()
+_PARTITIONER = Partitioner()
 _ATTRIBUTES = {
     type_: [
         ("ce_specversion", b"1.0"),
@@ -304,7 +302,7 @@ class Relay:
     ) -> list[asyncpg.Record]:
         """Send to the partitions of a topic side by side."""
         try:
-            partitions = tuple(await _partitions(delivery, topic))
+            partitions = await _partitions(delivery, topic)
         except (*OF_THE_TOPIC, UnknownTopicOrPartitionError) as error:
             self._hold_back((parcels[0].row["aggregatetype"], None), error)
             return []
@@ -313,7 +311,7 @@ class Relay:
             return []
         lanes: defaultdict[int, deque[_Parcel]] = defaultdict(deque)
         for parcel in parcels:
-            lanes[_partition_of(parcel.message.key, partitions)].append(parcel)
+            lanes[_PARTITIONER(parcel.message.key, partitions, partitions)].append(parcel)
         arrived = await asyncio.gather(
             *(self._send_in_order(delivery, topic, *lane) for lane in lanes.items())
         )
@@ -409,19 +407,6 @@ def _clock() -> float:
 
 def _key(row: asyncpg.Record) -> _Key:
     return row["aggregatetype"], row["aggregateid"]
-
-
-def _partition_of(key: bytes | None, partitions: tuple[int, ...]) -> int:
-    """Where Kafka's own clients put a key. What has none may go anywhere."""
-    if key is None:
-        return int(_PARTITIONER(None, partitions, partitions))
-    return _partition_of_key(key, partitions)
-
-
-@lru_cache(maxsize=16_384)
-def _partition_of_key(key: bytes, partitions: tuple[int, ...]) -> int:
-    """The client library's hash is written in Python: it would cost a message more than its encoding."""
-    return int(_PARTITIONER(key, partitions, partitions))
 
 
 async def _partitions(delivery: _Delivery, topic: str) -> list[int]:
