@@ -55,14 +55,7 @@ async def open_pool(
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_MS / 1000 + 5,
         server_settings=_session(role, name),
-        reset=_as_it_is,
     )
-
-
-async def _as_it_is(_connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Give a connection back. The driver has rolled back what was open; nobody here sets, locks or listens to anything that
-    outlives a transaction, so that the round trip to undo it would be in vain for every batch.
-    """
 
 
 async def connect(
