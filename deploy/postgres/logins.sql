@@ -5,9 +5,9 @@
 \set app_password `cat "${CREDITS_SECRETS:-/run/secrets}/database_app_password"`
 \set owner_password `cat "${CREDITS_SECRETS:-/run/secrets}/database_owner_password"`
 
-CREATE ROLE credits_owner NOLOGIN;
-CREATE ROLE credits_worker NOLOGIN;
-CREATE ROLE credits_reader NOLOGIN;
+-- The roles that the first migration would make too, if its login might make roles; they belong to the whole cluster.
+SELECT format('CREATE ROLE %I NOLOGIN', wanted) FROM unnest(ARRAY['credits_owner', 'credits_worker', 'credits_reader']) wanted
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) \gexec
 
 CREATE ROLE credits_migrator LOGIN PASSWORD :'owner_password' IN ROLE credits_owner;
 CREATE ROLE credits_app LOGIN PASSWORD :'app_password' IN ROLE credits_worker CONNECTION LIMIT 90;
