@@ -127,7 +127,9 @@ def _read() -> Manifests:
 
 def documents(path: Path) -> list[dict[str, Any]]:
     """The documents of a YAML file."""
-    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))  # the same, and ten times as fast
+    return list(
+        yaml.load_all(path.read_text(), yaml.CSafeLoader)
+    )  # the same, and ten times as fast
 
 
 @cache
@@ -192,10 +194,18 @@ def a_kustomization_names_what_is_there(all_: Manifests) -> Iterator[str]:
     wanted = [*example["resources"]]
     for made in example["configMapGenerator"]:
         wanted += [*made.get("envs", ()), *made.get("files", ())]
-    yield from (f"example: {name} is not there" for name in wanted if not (folder / "example" / name).exists())
+    yield from (
+        f"example: {name} is not there"
+        for name in wanted
+        if not (folder / "example" / name).exists()
+    )
     made = {one["name"] for one in example["configMapGenerator"]}
     for name, pod in all_.pods():
-        used = {source["configMapRef"]["name"] for one in pod["containers"] for source in one.get("envFrom", ())}
+        used = {
+            source["configMapRef"]["name"]
+            for one in pod["containers"]
+            for source in one.get("envFrom", ())
+        }
         used |= {volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume}
         yield from (f"{name} needs ConfigMap {one}, which no overlay makes" for one in used - made)
 
@@ -267,12 +277,18 @@ def secrets_come_from_files(all_: Manifests) -> Iterator[str]:
     for name in OURS:
         service = all_.compose["services"][name]
         mounted = {f"/run/secrets/{secret}" for secret in service.get("secrets", ())}
-        wanted = {value for variable, value in service["environment"].items() if variable.endswith("_FILE")}
+        wanted = {
+            value
+            for variable, value in service["environment"].items()
+            if variable.endswith("_FILE")
+        }
         yield from (f"compose {name}: {path} is not mounted" for path in wanted - mounted)
         yield from (f"compose {name}: {path} is mounted for nothing" for path in mounted - wanted)
     kept = {(one["metadata"]["name"], key) for one in all_.secrets for key in one["stringData"]}
     for name, pod in all_.pods():
-        names = {one["name"]: one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one}
+        names = {
+            one["name"]: one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one
+        }
         for container in pod["containers"]:
             at = {one["mountPath"]: names.get(one["name"]) for one in container["volumeMounts"]}
             for variable, path in all_.environment(container).items():
@@ -370,14 +386,25 @@ def traffic_goes_where_somebody_listens(all_: Manifests) -> Iterator[str]:
     }
     service = all_.of("Service")
     named = {port["name"] for port in service["spec"]["ports"]}
-    yield from (f"the Service leads to {one['targetPort']}" for one in service["spec"]["ports"] if one["targetPort"] not in ports)
+    yield from (
+        f"the Service leads to {one['targetPort']}"
+        for one in service["spec"]["ports"]
+        if one["targetPort"] not in ports
+    )
     for rule in all_.of("Ingress")["spec"]["rules"]:
         for one in rule["http"]["paths"]:
             backend = one["backend"]["service"]
-            if backend["name"] != service["metadata"]["name"] or backend["port"]["name"] not in named:
+            if (
+                backend["name"] != service["metadata"]["name"]
+                or backend["port"]["name"] not in named
+            ):
                 yield f"the Ingress leads to {backend}"
             exact = one["pathType"] == "Exact"
-            met = {path for path in gateway_paths() if path == one["path"] or (not exact and path.startswith(one["path"] + "/"))}
+            met = {
+                path
+                for path in gateway_paths()
+                if path == one["path"] or (not exact and path.startswith(one["path"] + "/"))
+            }
             if not met or one["path"] not in {"/webhooks/stripe", "/v1"}:
                 yield f"the Ingress opens {one['path']}"
     for monitor in all_.of("PodMonitor")["spec"]["podMetricsEndpoints"]:
@@ -385,7 +412,11 @@ def traffic_goes_where_somebody_listens(all_: Manifests) -> Iterator[str]:
             yield f"the PodMonitor asks {monitor}"
     for policy in (one for one in all_.kubernetes if one["kind"] == "NetworkPolicy"):
         for rule in policy["spec"].get("ingress", ()):
-            yield from (f"{policy['metadata']['name']} opens {one['port']}" for one in rule["ports"] if one["port"] not in ports)
+            yield from (
+                f"{policy['metadata']['name']} opens {one['port']}"
+                for one in rule["ports"]
+                if one["port"] not in ports
+            )
             if not rule.get("from"):
                 yield f"{policy['metadata']['name']} lets everybody in"
         for rule in policy["spec"].get("egress", ()):
@@ -394,13 +425,19 @@ def traffic_goes_where_somebody_listens(all_: Manifests) -> Iterator[str]:
     denied = all_.of("NetworkPolicy", "credits-nothing")["spec"]
     if denied != {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}:
         yield "what no policy names is not refused"
-    scraped = {one["names"][0]: one["port"] for job in all_.prometheus["scrape_configs"] for one in job["dns_sd_configs"]}
+    scraped = {
+        one["names"][0]: one["port"]
+        for job in all_.prometheus["scrape_configs"]
+        for one in job["dns_sd_configs"]
+    }
     for name in ("worker", "gateway"):
         told = image_environment(all_.dockerfile) | all_.compose["services"][name]["environment"]
         if scraped.get(name) != port_of(name, told):
             yield f"Prometheus asks {name} at {scraped.get(name)}"
     published = all_.compose["services"]["gateway"]["ports"]
-    if not all(str(one).startswith("127.0.0.1:") and str(one).endswith(":8080") for one in published):
+    if not all(
+        str(one).startswith("127.0.0.1:") and str(one).endswith(":8080") for one in published
+    ):
         yield f"the compose file publishes {published}"
 
 
@@ -450,7 +487,11 @@ def nobody_is_root_or_writes(all_: Manifests) -> Iterator[str]:
         yield f"the image's user is {users[-1:]}: a cluster believes a number alone"
     for name, pod in all_.pods():
         context = pod.get("securityContext", {})
-        if not (context.get("runAsNonRoot") and context.get("runAsUser") == 65532 and context.get("runAsGroup") == 65532):
+        if not (
+            context.get("runAsNonRoot")
+            and context.get("runAsUser") == 65532
+            and context.get("runAsGroup") == 65532
+        ):
             yield f"{name} may be root"
         if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
             yield f"{name} may call anything of the kernel"
@@ -480,7 +521,9 @@ def nobody_is_root_or_writes(all_: Manifests) -> Iterator[str]:
         if any(not one.startswith("/tmp:") for one in service["tmpfs"]) or service.get("volumes"):
             yield f"compose {name} may write elsewhere than to /tmp"
     for name, service in all_.compose["services"].items():
-        if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get("security_opt", ()):
+        if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get(
+            "security_opt", ()
+        ):
             yield f"compose {name} may gain rights"
 
 
@@ -491,7 +534,11 @@ def the_image_is_one_and_pinned(all_: Manifests) -> Iterator[str]:
         if container["image"] != IMAGE:
             yield f"{name} runs {container['image']}"
     overlay = {one["name"]: one for one in all_.kustomizations["example"]["images"]}
-    if IMAGE not in overlay or not overlay[IMAGE].get("newTag", "").strip() or overlay[IMAGE]["newTag"] == "latest":
+    if (
+        IMAGE not in overlay
+        or not overlay[IMAGE].get("newTag", "").strip()
+        or overlay[IMAGE]["newTag"] == "latest"
+    ):
         yield "the overlay gives the image no version"
     images = {all_.compose["services"][name]["image"] for name in OURS}
     if len(images) != 1:
@@ -510,10 +557,25 @@ def the_image_is_one_and_pinned(all_: Manifests) -> Iterator[str]:
 def the_image_is_what_was_locked(all_: Manifests) -> Iterator[str]:
     """Nothing is installed but by hash; no servers, no tools of developers; what is copied is let through."""
     text = all_.dockerfile.replace("\\\n", " ")
-    for wanted in ("--require-hashes", "--frozen", "--no-build", "--no-default-groups", "--compile-bytecode", "HEALTHCHECK"):
+    for wanted in (
+        "--require-hashes",
+        "--frozen",
+        "--no-build",
+        "--no-default-groups",
+        "--compile-bytecode",
+        "HEALTHCHECK",
+    ):
         if wanted not in text:
             yield f"the Dockerfile lacks {wanted}"
-    for unwanted in ("embedded", "--all-extras", "--all-groups", "--group dev", "apt-get", "curl ", "ADD "):
+    for unwanted in (
+        "embedded",
+        "--all-extras",
+        "--all-groups",
+        "--group dev",
+        "apt-get",
+        "curl ",
+        "ADD ",
+    ):
         if unwanted in text:
             yield f"the Dockerfile has {unwanted}"
     allowed = [line[1:] for line in all_.dockerignore.splitlines() if line.startswith("!")]
@@ -548,7 +610,10 @@ def workers_are_as_many_as_there_is_work_for(all_: Manifests) -> Iterator[str]:
     roll = all_.of("Deployment", "credits-worker")["spec"]["strategy"]["rollingUpdate"]
     if roll["maxSurge"] != 0:
         yield "a roll-out has more workers than partitions, and waits for one that gets none"
-    if "replicas" in all_.of("Deployment", "credits-worker")["spec"] or "replicas" in all_.of("Deployment", "credits-gateway")["spec"]:
+    if (
+        "replicas" in all_.of("Deployment", "credits-worker")["spec"]
+        or "replicas" in all_.of("Deployment", "credits-gateway")["spec"]
+    ):
         yield "a Deployment that says how many takes back what was scaled"
     pools = {}
     for name, container in all_.containers():
@@ -557,9 +622,16 @@ def workers_are_as_many_as_there_is_work_for(all_: Manifests) -> Iterator[str]:
         pools[name] = int(told.get("CREDITS_DATABASE_POOL_MAX", default))
     gateways = all_.of("HorizontalPodAutoscaler")["spec"]["maxReplicas"]
     # The relay has a connection of its own.
-    wanted = scaling["maxReplicaCount"] * (pools["credits-worker"] + 1) + gateways * pools["credits-gateway"]
+    wanted = (
+        scaling["maxReplicaCount"] * (pools["credits-worker"] + 1)
+        + gateways * pools["credits-gateway"]
+    )
     limit = int(re.findall(r"CONNECTION LIMIT (\d+)", all_.logins)[0])
-    most = int(re.findall(r"max_connections=(\d+)", " ".join(all_.compose["services"]["postgres"]["command"]))[0])
+    most = int(
+        re.findall(
+            r"max_connections=(\d+)", " ".join(all_.compose["services"]["postgres"]["command"])
+        )[0]
+    )
     if wanted > limit or limit + CONNECTIONS_SPARE > most:
         yield f"{wanted} connections are wanted, the login has {limit}, the server {most}"
 
@@ -571,19 +643,29 @@ def workers_are_as_many_as_there_is_work_for(all_: Manifests) -> Iterator[str]:
 def topics_are_made_as_the_code_makes_them(all_: Manifests) -> Iterator[str]:
     """Every topic, with the partitions and settings of the code."""
     settings = Settings.model_construct(replication_factor=3)
-    made = {one["metadata"]["name"]: one["spec"] for one in all_.strimzi if one["kind"] == "KafkaTopic"}
+    made = {
+        one["metadata"]["name"]: one["spec"] for one in all_.strimzi if one["kind"] == "KafkaTopic"
+    }
     yield from (f"{name} is not made" for name in set(TOPICS) - set(made))
     yield from (f"{name} is no topic of ours" for name in set(made) - set(TOPICS))
     for name, spec in made.items():
         config = {option: str(value) for option, value in spec["config"].items()}
-        if config != topics.topic_settings(name, settings) or spec["partitions"] != settings.partitions:
+        if (
+            config != topics.topic_settings(name, settings)
+            or spec["partitions"] != settings.partitions
+        ):
             yield f"{name} differs from what `credits topics` makes"
 
 
 def rights(all_: Manifests) -> set[tuple[str, str, str, str]]:
     """Who may do what: user, operation, kind of resource, and its name."""
     return {
-        (one["metadata"]["name"], operation, rule["resource"]["type"], rule["resource"].get("name", ""))
+        (
+            one["metadata"]["name"],
+            operation,
+            rule["resource"]["type"],
+            rule["resource"].get("name", ""),
+        )
         for one in all_.strimzi
         if one["kind"] == "KafkaUser"
         for rule in one["spec"]["authorization"]["acls"]
@@ -603,13 +685,21 @@ def nobody_may_more_on_kafka_than_it_must(all_: Manifests) -> Iterator[str]:
     wanted |= {("credits-gateway", "Write", "topic", "stripe.webhook")}
     yield from (f"{user} may not {verb} {kind} {name}" for user, verb, kind, name in wanted - given)
     for user, verb, kind, name in given:
-        if verb not in {"Read", "Write", "Describe", "DescribeConfigs"} or kind not in {"topic", "group"}:
+        if verb not in {"Read", "Write", "Describe", "DescribeConfigs"} or kind not in {
+            "topic",
+            "group",
+        }:
             yield f"{user} may {verb} {kind} {name}"
         if verb == "Write" and name in out | dead and user != "credits-worker":
             yield f"{user} may write {name}, which subscribers believe"
         if name == "*" and verb not in {"Describe", "DescribeConfigs"}:
             yield f"{user} may {verb} everything"
-        if kind == "group" and verb == "Read" and name.startswith("credit-workers") and user != "credits-worker":
+        if (
+            kind == "group"
+            and verb == "Read"
+            and name.startswith("credit-workers")
+            and user != "credits-worker"
+        ):
             yield f"{user} may take records from the workers"
     for name in INBOUND_TOPICS:
         writers = {user for user, verb, _kind, topic in given if verb == "Write" and topic == name}

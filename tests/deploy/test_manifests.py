@@ -204,11 +204,19 @@ def test_the_image_needs_no_compiler(machine: str) -> None:
     assert f"python:{version[0]}.{version[1]}." in read().dockerfile
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(41, 4, -1)]
     platforms += [f"manylinux2014_{machine}", f"linux_{machine}"]
-    tags: set[Tag] = {*cpython_tags(version, platforms=platforms), *compatible_tags(version, "cp313", platforms)}
+    tags: set[Tag] = {
+        *cpython_tags(version, platforms=platforms),
+        *compatible_tags(version, "cp313", platforms),
+    }
     locked = {one["name"]: one for one in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
     todo, seen = [("credit-workers", frozenset({"otlp"}))], set()
     without = []
-    environment = {"python_full_version": "3.13.9", "python_version": "3.13", "sys_platform": "linux", "platform_machine": machine}
+    environment = {
+        "python_full_version": "3.13.9",
+        "python_version": "3.13",
+        "sys_platform": "linux",
+        "platform_machine": machine,
+    }
     while todo:
         name, extras = todo.pop()
         if (name, extras) in seen:
@@ -216,7 +224,9 @@ def test_the_image_needs_no_compiler(machine: str) -> None:
         seen.add((name, extras))
         package = locked[name]
         wheels = [one["url"].rpartition("/")[2] for one in package.get("wheels", ())]
-        if name != "credit-workers" and not any(parse_wheel_filename(wheel)[3] & tags for wheel in wheels):
+        if name != "credit-workers" and not any(
+            parse_wheel_filename(wheel)[3] & tags for wheel in wheels
+        ):
             without.append(name)
         wanted = [*package.get("dependencies", ())]
         for extra in extras:
