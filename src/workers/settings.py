@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
     # About half a gigabyte of messages, and a minute's work of several workers.
     outbox_records_max: Annotated[int, Field(ge=10)] = 500_000
+    # Whoever reads this replication slot publishes the outbox in the relay's place (deploy/debezium).
+    outbox_slot: Annotated[str | None, Field(pattern=r"^[a-z0-9_]{1,63}$")] = None
 
     @model_validator(mode="before")
     @classmethod
