@@ -299,7 +299,7 @@ async def test_the_connector_reads_what_the_outbox_has(deployment: Deployment) -
         for name in ("specversion", "source", "contenttype")
     }
     assert fixed == {
-        "ce_specversion": "1.0",
+        "ce_specversion": '"1.0"',  # in quotes, or Connect takes it for a number and sends 1
         "ce_source": SOURCE,
         "content-type": "application/json",
     }
