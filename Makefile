@@ -23,12 +23,14 @@ env: $(STAMP) ## Make .venv and fetch the embedded servers
 test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift
+check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift, manifests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m workers schemas --check
+	@$(BIN)/python deploy/generate.py --check
+	@$(BIN)/python -m pytest --quiet --no-header tests/deploy/test_manifests.py
 
 format: $(STAMP) ## Format and apply safe fixes
 	@$(BIN)/ruff format .

@@ -1,7 +1,9 @@
 """How a worker's parts end."""
 
 import asyncio
+import socket
 
+import httpx
 import pytest
 
 from workers import worker
@@ -72,3 +74,37 @@ async def test_a_worker_that_waits_for_a_silent_server_ends_when_it_is_told_to(
 
     assert ended == {running}
     assert running.exception() is None
+
+
+async def test_probes_are_answered_while_servers_are_awaited(database_url: str) -> None:
+    """Whoever watches the process sees that it lives and is not ready, and does not kill it for a server that is away."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = Settings(
+        database_url=database_url,
+        kafka_bootstrap="127.0.0.1:1",
+        worker_port=port,
+        http_host="127.0.0.1",
+    )
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve_worker(settings, stop=stop))
+    try:
+        async with (
+            asyncio.timeout(30),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+        ):
+            while True:
+                try:
+                    lives = await client.get("/livez")
+                    break
+                except httpx.ConnectError:
+                    await asyncio.sleep(
+                        0.02
+                    )  # between two questions; nothing depends on its length
+            ready = await client.get("/readyz")
+    finally:
+        stop.set()
+        await running
+    assert lives.status_code == 200
+    assert (ready.status_code, ready.text) == (503, "not ready: not started yet, see the log\n")

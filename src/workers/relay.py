@@ -13,6 +13,10 @@ every HELD_SECONDS, and everything else goes on.
 
 `credit.balance` has no rows of its own: each round tells the last `credit.changed` of each account once more, as a state.
 While a state cannot be told, its account's changes count as held back too.
+
+Where a replication slot is named, its reader (Debezium) publishes the rows, and the relay only what no row has: dead
+letters, whose bytes are elsewhere, and the states. A row leaves the outbox once the slot's reader has confirmed its commit,
+so that the outbox's depth and age say what is not yet published, whoever publishes it.
 """
 
 from __future__ import annotations
@@ -77,6 +81,8 @@ STEADY_SECONDS = 5.0
 DELIVERY_SECONDS = 10.0
 # Whoever mends what makes the broker refuse waits so long for the relay to see it.
 HELD_SECONDS = 30.0
+# So many rows are waited for at once where a slot's reader publishes: it confirms once a second or less often.
+MARKED_MAX = 100_000
 # A broker that answers tells within this time whether it has a topic.
 TOPIC_SECONDS = 5.0
 # A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards.
@@ -143,6 +149,64 @@ class _Delivery:
     deadline: float = field(default_factory=lambda: _clock() + DELIVERY_SECONDS)
 
 
+class _Slot:
+    """A replication slot: which rows its reader has published.
+
+    A row that is there was committed before the place where the log ends now. When the slot's reader has confirmed a later
+    place, it has published that row. Whether it had is only known of a slot that was there all the while.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._marked: list[int] = []
+        self._place = ""
+        self._confirmed: deque[int] = deque()
+        self._told_missing = 0.0
+
+    def forget(self) -> None:
+        """Begin anew: meanwhile others may have had our shards."""
+        self._marked = []
+        self._confirmed.clear()
+
+    async def confirmed(
+        self,
+        connection: asyncpg.Connection[asyncpg.Record],
+        shards: Sequence[int],
+        held_back: tuple[list[str], list[str], list[str]],
+    ) -> list[int]:
+        """Some of the oldest rows that the slot's reader has published; none while it has published none of those marked."""
+        if not self._confirmed:
+            if not self._marked:
+                mark = await connection.fetchrow(
+                    SQL["mark_outbox"], self._name, shards, MARKED_MAX, *held_back
+                )
+                if mark is None:
+                    self._tell_missing()
+                    return []
+                self._marked, self._place = mark["sequences"], mark["place"]
+            if not self._marked:
+                return []
+            passed = await connection.fetchval(SQL["has_passed"], self._name, self._place)
+            if passed is None:
+                self._tell_missing()
+                self.forget()
+            elif passed:
+                self._confirmed.extend(self._marked)
+                self._marked = []
+        return list(islice(self._confirmed, ROWS_MAX))
+
+    def take_off(self, sequence: int) -> None:
+        """Up to this row all is done."""
+        while self._confirmed and self._confirmed[0] <= sequence:
+            self._confirmed.popleft()
+
+    def _tell_missing(self) -> None:
+        if _clock() >= self._told_missing:
+            self._told_missing = _clock() + HELD_SECONDS
+            telemetry.PUBLISH_FAILURES.inc()
+            log.critical("outbox_slot_missing", slot=self._name)
+
+
 class Relay:
     """Publishes the outbox's shards that it holds, until it is stopped."""
 
@@ -150,6 +214,7 @@ class Relay:
         self._settings = settings
         self._wake = asyncio.Event()
         self._shards: set[int] = set()
+        self._slot = _Slot(settings.outbox_slot) if settings.outbox_slot else None
         # Until when, by the loop's clock: what is held back, and the topics whose messages go one by one.
         self._held: dict[_Key, float] = {}
         self._alone: dict[str, float] = {}
@@ -190,6 +255,8 @@ class Relay:
             await self._publish_from(connection)
         finally:
             self._shards.clear()
+            if self._slot is not None:
+                self._slot.forget()
             await connection.close(timeout=5)
 
     async def _publish_from(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
@@ -247,23 +314,23 @@ class Relay:
         """
         if not self._shards:
             return 0
-        rows = await connection.fetch(
-            SQL["read_outbox"],
-            sorted(self._shards),
-            ROWS_MAX,
-            ROUND_BYTES_MAX,
-            *self._held_back(),
-        )
+        rows = await self._oldest(connection)
         if not rows:
             return 0
         started = tracing.now()
         errors: list[BaseException] = []
-        sent = await self._deliver(_Delivery(producer, errors), rows, self._message)
+        ours = [row for row in rows if self._slot is None or row["dead_letter_id"] is not None]
+        arrived = await self._deliver(_Delivery(producer, errors), ours, self._message)
+        # What the slot's reader confirmed has arrived too.
+        sent = [row for row in rows if row["dead_letter_id"] is None] if self._slot else []
+        sent += arrived
         newest = {row["aggregateid"]: row for row in sent if row["type"] == CHANGED}
         told = await self._deliver(_Delivery(producer, errors), newest.values(), self._balance)
         behind = newest.keys() - {row["aggregateid"] for row in told}
         done = [row for row in sent if row["type"] != CHANGED or row["aggregateid"] not in behind]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
+        if self._slot is not None:
+            done = [row for row in done if row["dead_letter_id"] is not None]
         tracing.published(done, started)
         published = Counter(row["aggregatetype"] for row in done)
         published[BALANCE] = len(told)
@@ -272,6 +339,25 @@ class Relay:
         if errors:
             raise errors[0]
         return len(rows)
+
+    async def _oldest(
+        self, connection: asyncpg.Connection[asyncpg.Record]
+    ) -> Sequence[asyncpg.Record]:
+        """The oldest rows of our shards; where a slot's reader publishes, of those that it has confirmed."""
+        shards, held_back = sorted(self._shards), self._held_back()
+        if self._slot is None:
+            return await connection.fetch(
+                SQL["read_outbox"], shards, ROWS_MAX, ROUND_BYTES_MAX, *held_back
+            )
+        confirmed = await self._slot.confirmed(connection, shards, held_back)
+        if not confirmed:
+            return ()
+        rows = await connection.fetch(
+            SQL["read_outbox_rows"], confirmed, ROUND_BYTES_MAX, *held_back
+        )
+        # What is held back is marked anew when its turn has come again.
+        self._slot.take_off(rows[-1]["sequence"] if rows else confirmed[-1])
+        return rows
 
     async def _deliver(
         self,

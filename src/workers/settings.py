@@ -6,11 +6,13 @@ Names are ``CREDITS_<FIELD>`` (interfaces: Environment). Any of them may be give
 
 import os
 import ssl
+import stat
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.catalogue_file import CatalogueFile
@@ -18,6 +20,9 @@ from workers.ledger.catalogue import Catalogue, CatalogueError
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
 OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
+
+# A list of tokens, or an address with several hosts, is far shorter.
+VALUE_BYTES_MAX = 64 * 1024
 
 Secrets = Annotated[SecretStr | None, Field(default=None)]
 
@@ -68,6 +73,8 @@ class Settings(BaseSettings):
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
     # About half a gigabyte of messages, and a minute's work of several workers.
     outbox_records_max: Annotated[int, Field(ge=10)] = 500_000
+    # Whoever reads this replication slot publishes the outbox in the relay's place (deploy/debezium).
+    outbox_slot: Annotated[str | None, Field(pattern=r"^[a-z0-9_]{1,63}$")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -75,13 +82,7 @@ class Settings(BaseSettings):
         for name in cls.model_fields:
             path = os.environ.get(f"CREDITS_{name.upper()}_FILE")
             if path and values.get(name) is None:
-                try:
-                    values[name] = Path(path).read_text(encoding="utf-8").strip()
-                except OSError as error:
-                    message = (
-                        f"CREDITS_{name.upper()}_FILE cannot be read: {error.strerror}: {path}"
-                    )
-                    raise ValueError(message) from error
+                values[name] = _read_value(Path(path), f"CREDITS_{name.upper()}_FILE")
         return {name: value for name, value in values.items() if value != ""}
 
     @cached_property
@@ -138,16 +139,42 @@ def _listed(secret: SecretStr | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in secret.get_secret_value().split(",") if part.strip())
 
 
+def _read_value(path: Path, variable: str) -> str:
+    """What a file says in a setting's place, without the white space around it. Raises ValueError, never with a part of it."""
+    try:
+        # Looked at before it is opened: a pipe would keep us waiting for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{variable} is no regular file: {path}")
+        with path.open("rb") as file:
+            content = file.read(VALUE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ValueError(f"{variable} cannot be read: {error.strerror}: {path}") from error
+    if len(content) > VALUE_BYTES_MAX:
+        raise ValueError(
+            f"{variable} has more than {VALUE_BYTES_MAX:,} bytes, as no setting has: is it the right file? {path}"
+        )
+    try:
+        value = content.decode().strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{variable} is no text in UTF-8: {path}") from None
+    if not value:  # would be taken for a setting that was never made
+        raise ValueError(f"{variable} is empty: {path}")
+    return value
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Read the environment. Raises SettingsError naming each variable that is wrong, never its value."""
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"CREDITS_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
-            for item in error.errors(include_input=False, include_url=False)
-        )
-        raise SettingsError(wrong) from error
+        errors = error.errors(include_input=False, include_url=False)
+        raise SettingsError("; ".join(map(_wrong, errors))) from error
+
+
+def _wrong(error: ErrorDetails) -> str:
+    """One variable and what is wrong with it; what a file is wrong with names its variable itself."""
+    variable = "_".join(str(part) for part in error["loc"]).upper()
+    return f"CREDITS_{variable}: {error['msg']}" if variable else str(error["ctx"]["error"])
 
 
 def require(value: SecretStr | str | None, name: str) -> str:

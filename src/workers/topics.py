@@ -123,7 +123,7 @@ async def unfit_topics(settings: Settings) -> list[str]:
                     found[name] = {entry[0]: entry[1] for entry in entries}
         for name in there:
             unfit += _too_few(name, partitions[name], settings.partitions)
-            unfit += _unfit(name, found.get(name, {}), _options(names[name], settings))
+            unfit += _unfit(name, found.get(name, {}), topic_settings(names[name], settings))
         return unfit
     finally:
         await admin.close()
@@ -155,7 +155,8 @@ def _unfit(name: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> li
     return wrong
 
 
-def _options(name: str, settings: Settings) -> dict[str, str]:
+def topic_settings(name: str, settings: Settings) -> dict[str, str]:
+    """All settings of a topic, named as in the contract, on a cluster with so many replicas."""
     in_sync = "1" if settings.replication_factor < 3 else "2"
     return {**topic_options(name), "min.insync.replicas": in_sync}
 
@@ -165,5 +166,5 @@ def _new_topic(name: str, settings: Settings) -> NewTopic:
         name=settings.topic(name),
         num_partitions=settings.partitions,
         replication_factor=settings.replication_factor,
-        topic_configs=_options(name, settings),
+        topic_configs=topic_settings(name, settings),
     )

@@ -349,18 +349,25 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     catalogue_file = settings.open_catalogue()
     stop = stop or _stop_on_signals()
     require(settings.kafka_bootstrap, "kafka_bootstrap")
-    pool = await _patiently(stop, "database", lambda: _open(settings))
-    if pool is None:
-        return
+    started: Worker | None = None
+    # Before anything is waited for: whoever watches tells one that waits from one that is stuck.
+    probes = await serve_probes(
+        settings, unready=lambda: started.unready() if started else "not started yet, see the log"
+    )
+    pool: asyncpg.Pool[asyncpg.Record] | None = None
     try:
-        if await _patiently(stop, "database", lambda: _is_fit(pool)) is None:
+        pool = await _patiently(stop, "database", lambda: _open(settings))
+        if pool is None:
+            return
+        fit = pool
+        if await _patiently(stop, "database", lambda: _is_fit(fit)) is None:
             return
         worker = Worker(settings, pool, catalogue_file)
         if await _patiently(stop, "kafka", lambda: _started(worker)) is None:
             return
+        started = worker
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(worker.failed())
-        probes = await serve_probes(settings, unready=worker.unready)
         try:
             await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -372,9 +379,11 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
             failing.result()
         failing.cancel()
     finally:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await pool.close()
+        await probes.stop()
+        if pool is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await pool.close()
 
 
 async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:

@@ -541,6 +541,36 @@ WITH oldest AS (
 )
 SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $3 ORDER BY sequence;
 
+-- name: mark_outbox
+-- The oldest rows of the owned shards that are there now, and a place in the log behind the commits of all of them: the snapshot
+-- is taken before the place is asked for. No row where there is no such slot.
+-- Left out: some topics, and on some topics some keys.
+SELECT ARRAY(SELECT sequence FROM outbox WHERE shard = ANY($2::smallint[]) AND aggregatetype <> ALL($4::text[])
+                 AND (aggregatetype, aggregateid) NOT IN (SELECT * FROM unnest($5::text[], $6::text[]))
+             ORDER BY sequence LIMIT $3) AS sequences,
+       pg_current_wal_insert_lsn()::text AS place
+FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database();
+
+-- name: has_passed
+-- Whether the slot's reader has confirmed more than this place. A slot that was made at this very place has confirmed nothing.
+SELECT confirmed_flush_lsn > $2::text::pg_lsn FROM pg_replication_slots
+WHERE slot_name = $1 AND database = current_database();
+
+-- name: read_outbox_rows
+-- As `read_outbox`, of these rows alone.
+WITH oldest AS (
+    SELECT o.sequence, o.id, o.aggregatetype, o.aggregateid, o.type, o.payload, o.headers, d.key, d.value,
+           d.headers AS record_headers, d.topic AS record_topic, d.partition AS record_partition,
+           d.kafka_offset AS record_offset, d.reason, d.detail, d.dead_letter_id,
+           sum(octet_length(o.payload) + coalesce(octet_length(d.value), 0))
+               OVER (ORDER BY o.sequence ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+    FROM (
+        SELECT * FROM outbox WHERE sequence = ANY($1::bigint[]) AND aggregatetype <> ALL($3::text[])
+            AND (aggregatetype, aggregateid) NOT IN (SELECT * FROM unnest($4::text[], $5::text[]))) o
+    LEFT JOIN LATERAL (SELECT * FROM dead_letters d WHERE d.dead_letter_id = o.dead_letter_id OFFSET 0) d ON true
+)
+SELECT * FROM oldest WHERE bytes_before IS NULL OR bytes_before < $2 ORDER BY sequence;
+
 -- name: settle_outbox
 -- What the broker acknowledged is gone.
 DELETE FROM outbox WHERE sequence = ANY($1::bigint[]);
