@@ -33,7 +33,7 @@ class Network:
 
     def __init__(self, hosts: int) -> None:
         self._hosts = hosts
-        self._net = f"10.{random.randrange(200, 255)}.{random.randrange(1, 255)}"  # noqa: S311 - an address that is free, not a secret
+        self._net = f"10.{random.randrange(200, 255)}.{random.randrange(1, 255)}"
         self._keepers: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -90,7 +90,7 @@ class Network:
         pipe = subprocess.PIPE
         try:
             keeper = subprocess.Popen(
-                ["unshare", "--net", "cat"],  # noqa: S607 - as the machine has it
+                ["unshare", "--net", "cat"],
                 stdin=pipe, stdout=pipe, stderr=pipe,
             )  # fmt: skip
         except OSError as error:
@@ -111,7 +111,7 @@ class Network:
     def _ip(self, *arguments: str, on: "subprocess.Popen[bytes] | None" = None) -> None:
         command = [*(self._enter(on) if on else ()), "ip", *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=SECONDS_MAX, check=False)  # noqa: S603 - our own words
+            done = subprocess.run(command, capture_output=True, timeout=SECONDS_MAX, check=False)
         except OSError as error:
             raise NoNetworkError(f"ip: {error}") from error
         if done.returncode:
@@ -246,14 +246,15 @@ def _listening_on(address: str, kafka_port: int) -> Iterator[None]:
         changed = kafka._CONFIGURATION
         for line, more in (
             ("listeners=PLAINTEXT://127.0.0.1:{port}", f",HOSTS://{address}:{kafka_port}"),
-            ("advertised.listeners=PLAINTEXT://127.0.0.1:{port}", f",HOSTS://{address}:{kafka_port}"),
+            (
+                "advertised.listeners=PLAINTEXT://127.0.0.1:{port}",
+                f",HOSTS://{address}:{kafka_port}",
+            ),
             ("listener.security.protocol.map=PLAINTEXT:PLAINTEXT", ",HOSTS:PLAINTEXT"),
         ):
             assert f"\n{line}" in changed
             changed = changed.replace(f"\n{line}", f"\n{line}{more}")
-        patch.setattr(
-            kafka, "_CONFIGURATION", f"{changed}inter.broker.listener.name=PLAINTEXT\n"
-        )
+        patch.setattr(kafka, "_CONFIGURATION", f"{changed}inter.broker.listener.name=PLAINTEXT\n")
         yield
 
 
