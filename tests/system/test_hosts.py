@@ -107,6 +107,7 @@ class Upstream:
         self._world = world
         self.users = [world.name("u") for _ in range(USERS)]
         self.held = world.name("u")
+        self.ended = False
         self.gifts: list[str] = []
         self.bookings: list[str] = []
 
@@ -119,8 +120,10 @@ class Upstream:
         )
 
     async def run(self) -> None:
-        """Publish at a steady rate until cancelled."""
+        """Publish at a steady rate until told to end."""
         for turn in itertools.count():
+            if self.ended:
+                return
             await self.publish(turn)
             await asyncio.sleep(2 * TOGETHER / RATE)  # the rate's grain
 
@@ -172,8 +175,8 @@ async def going_on(upstream: Upstream) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        upstream.ended = True
+        await running
 
 
 async def worker_on(world: World, hosts: Hosts, host: int) -> Process:
