@@ -157,6 +157,8 @@ class Postgres(Server):
                     await connection.close()
         except (asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError, TimeoutError):
             return False
+        except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
+            return False  # the attempt before this one lost patience, and the server went on
         except asyncpg.InvalidAuthorizationSpecificationError as error:
             raise EmbeddedError(
                 f"PostgreSQL under {self._folder} refuses the password in {self._password_file} "
