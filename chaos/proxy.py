@@ -53,6 +53,11 @@ class Proxy:
         self.reset()
         self.heal()
 
+    @property
+    def ports(self) -> set[int]:
+        """Whence the server sees our connections come."""
+        return {connection.port for connection in self._connections}
+
     def reset(self) -> int:
         """Cut every connection; how many there were."""
         connections = list(self._connections)
@@ -115,6 +120,10 @@ class _Connection:
         self._asked: dict[
             int, tuple[int, bool]
         ] = {}  # correlation → what was asked, and whether its answer is lost
+
+    @property
+    def port(self) -> int:
+        return self._server.get_extra_info("sockname")[1] if self._server is not None else 0
 
     def cut(self) -> None:
         for writer in (self._client, self._server):

@@ -85,7 +85,9 @@ HELD_SECONDS = 30.0
 MARKED_MAX = 100_000
 # A broker that answers tells within this time whether it has a topic.
 TOPIC_SECONDS = 5.0
-# A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards.
+# A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards. Until then the
+# database keeps the session of a host that is gone too, because the relay there may still be publishing: what it read is
+# sent within twice DELIVERY_SECONDS or not at all, so that an old state never comes behind a newer one.
 IDLE_SECONDS_MAX = 2 * DELIVERY_SECONDS + 5
 # A dead letter near the topic's limit would not fit with the headers that we add; it is told without its value.
 DEAD_VALUE_BYTES_MAX = INBOUND_BYTES_MAX - 512 * 1024
@@ -146,7 +148,17 @@ class _Delivery:
 
     producer: AIOKafkaProducer
     errors: list[BaseException]
-    deadline: float = field(default_factory=lambda: _clock() + DELIVERY_SECONDS)
+    lease: float
+    """Until when what was read may be published, by the loop's clock."""
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = min(self.lease, _clock() + DELIVERY_SECONDS)
+
+    def check(self) -> None:
+        """Raise TimeoutError when it is too late to send: before a timeout is heard, much is sent."""
+        if _clock() >= self.deadline:
+            raise TimeoutError
 
 
 class _Slot:
@@ -314,18 +326,25 @@ class Relay:
         """
         if not self._shards:
             return 0
+        lease = _clock() + 2 * DELIVERY_SECONDS
         rows = await self._oldest(connection)
         if not rows:
             return 0
         started = tracing.now()
         errors: list[BaseException] = []
         ours = [row for row in rows if self._slot is None or row["dead_letter_id"] is not None]
-        arrived = await self._deliver(_Delivery(producer, errors), ours, self._message)
+        arrived = await self._deliver(_Delivery(producer, errors, lease), ours, self._message)
         # What the slot's reader confirmed has arrived too.
         sent = [row for row in rows if row["dead_letter_id"] is None] if self._slot else []
         sent += arrived
         newest = {row["aggregateid"]: row for row in sent if row["type"] == CHANGED}
-        told = await self._deliver(_Delivery(producer, errors), newest.values(), self._balance)
+        if connection.is_closed():
+            raise ConnectionError(
+                "the shards may be another's by now: what they left is not ours to tell"
+            )
+        told = await self._deliver(
+            _Delivery(producer, errors, lease), newest.values(), self._balance
+        )
         behind = newest.keys() - {row["aggregateid"] for row in told}
         done = [row for row in sent if row["type"] != CHANGED or row["aggregateid"] not in behind]
         await connection.execute(SQL["settle_outbox"], [row["sequence"] for row in done])
@@ -411,6 +430,7 @@ class Relay:
         try:
             async with asyncio.timeout_at(delivery.deadline):
                 while lane:
+                    delivery.check()
                     alone = self._alone.get(topic, 0) > _clock()
                     first = islice(lane, 1 if alone else None)
                     try:

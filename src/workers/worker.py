@@ -35,7 +35,7 @@ from workers.sources import Sources
 from workers.store.database import answers, open_pool
 from workers.store.failures import classify
 from workers.store.ids import new_ids
-from workers.store.migrations import missing_migrations
+from workers.store.migrations import missing_migrations, refuse_newer
 from workers.store.safety import refuse_unsafe
 from workers.store.sql import SQL
 from workers.stripe_api import StripeApi, run_fetching
@@ -276,6 +276,7 @@ class Worker:
             try:
                 await self._pool.execute(SQL["beat"], self._id, os.getpid(), topics, timeout=5)
                 if clock() >= trusted_until:
+                    await refuse_newer(self._pool)
                     await refuse_unsafe(self._pool)
                     trusted_until = clock() + SAFETY_SECONDS
             except Exception as error:
@@ -300,6 +301,7 @@ class Worker:
         if not await answers(self._pool):
             return False
         try:
+            await refuse_newer(self._pool)
             await refuse_unsafe(self._pool)
         except Exception as error:
             if classify(error)[0] != "transient":
@@ -398,6 +400,7 @@ async def _is_fit(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
         raise NotReady(
             "the database takes no writes, as a standby does: promote it, or name the primary in CREDITS_DATABASE_URL"
         )
+    await refuse_newer(pool)
     for sentence in await refuse_unsafe(pool):
         log.warning("database_not_as_it_should_be", what=sentence)
     return True

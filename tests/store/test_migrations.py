@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import secrets
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -17,8 +18,10 @@ from workers.store.migrations import (
     migrate,
     missing_migrations,
     read_migrations,
+    refuse_newer,
     schemas_folder,
 )
+from workers.store.safety import UnsafeDatabaseError
 
 ONE = "CREATE TABLE one (id int);"
 TWO = "CREATE TABLE two (id int);"
@@ -242,6 +245,40 @@ async def test_a_worker_can_tell_whether_the_schema_is_there(
         await admin.close()
 
     assert missing == []
+
+
+async def test_a_release_refuses_what_a_later_one_took_away(empty_url: str, tmp_path: Path) -> None:
+    """What only adds is nobody's trouble; what says that it requires a later release is, and is named."""
+    known = len(read_migrations())
+    folder = shutil.copytree(schemas_folder() / "postgres", tmp_path / "later")
+    files(
+        folder, **{f"_{known + 1:04}_adds": "ALTER TABLE credits.accounts ADD COLUMN later text;"}
+    )
+    await migrate(empty_url, folder=folder)
+    async with await open_pool(empty_url, name="tests") as pool:
+        await refuse_newer(pool)
+        takes = f"-- requires: {known + 2:04}\nALTER TABLE credits.accounts DROP COLUMN time_zone CASCADE;"
+        files(folder, **{f"_{known + 2:04}_takes": takes})
+        await migrate(empty_url, folder=folder)
+
+        with pytest.raises(
+            UnsafeDatabaseError,
+            match=f"it has {known + 2:04}_takes, and this release knows {known}",
+        ):
+            await refuse_newer(pool)
+
+
+async def test_a_database_of_before_anything_was_taken_away_is_no_trouble(
+    database_url: str,
+) -> None:
+    """Whoever migrated it last did not write down what a migration requires, because none did."""
+    admin = await asyncpg.connect(database_url)
+    await admin.execute("ALTER TABLE credits_migrations DROP COLUMN requires")
+    async with await open_pool(database_url, name="tests") as pool:
+        await refuse_newer(pool)
+    assert await migrate(database_url) == []
+    assert await admin.fetchval("SELECT sum(requires) FROM credits_migrations") == 0
+    await admin.close()
 
 
 def test_the_products_migrations_are_where_they_are_looked_for() -> None:

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import asyncpg
 import pytest
@@ -13,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
+from workers import relay as relaying
 from workers.messages.outbound import CHANGED, shard_of
 from workers.messages.schemas import EXAMPLES
 from workers.relay import Relay
@@ -91,9 +93,9 @@ class Outbox:
             await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs={})])
 
     @contextlib.asynccontextmanager
-    async def relaying(self) -> AsyncIterator[asyncio.Task[None]]:
+    async def relaying(self, relay: Relay | None = None) -> AsyncIterator[asyncio.Task[None]]:
         """While it is open, a relay runs."""
-        running = asyncio.create_task(Relay(self.settings).run())
+        running = asyncio.create_task((relay or Relay(self.settings)).run())
         try:
             yield running
         finally:
@@ -111,6 +113,27 @@ class Outbox:
         reader.assign([TopicPartition(name, number) for number in partitions])
         async with reader:
             yield reader
+
+
+class Interrupted(Relay):
+    """A relay to which something happens, once, between its changes and the states that they left."""
+
+    def __init__(self, settings: Settings, happens: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(settings)
+        self._happens: Callable[[], Awaitable[None]] | None = happens
+        self.session: asyncpg.Connection
+
+    async def publish_once(self, connection: asyncpg.Connection, producer: Any) -> int:
+        """As every relay does."""
+        self.session = connection
+        return await super().publish_once(connection, producer)
+
+    async def _deliver(self, *arguments: Any) -> list[asyncpg.Record]:
+        sent = await super()._deliver(*arguments)
+        if sent and self._happens is not None:
+            happens, self._happens = self._happens, None
+            await happens()
+        return sent
 
 
 @contextlib.asynccontextmanager
@@ -215,6 +238,43 @@ async def test_a_relay_that_dies_before_it_settles_tells_changes_and_states_agai
 
     assert await outbox.told(CHANGED, 4) == [("user:ada", version) for version in (1, 2, 1, 2)]
     assert await outbox.told(BALANCE, 2) == [("user:ada", 2)] * 2
+
+
+async def test_a_relay_that_was_frozen_tells_no_state_that_may_be_old(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database may have given its shards to another meanwhile, who told newer ones: it reads the outbox again first."""
+    clock = relaying._clock
+
+    async def freeze() -> None:
+        monkeypatch.setattr(relaying, "_clock", lambda: clock() + 2 * relaying.DELIVERY_SECONDS)
+
+    await outbox.commit(("user:ada", 1))
+    async with outbox.relaying(Interrupted(outbox.settings, freeze)):
+        await outbox.emptied()
+
+    assert await outbox.told(CHANGED, 2) == [("user:ada", 1)] * 2
+    assert await outbox.told(BALANCE, 1) == [("user:ada", 1)]
+
+
+async def test_a_relay_whose_session_ended_tells_no_state_that_may_be_old(outbox: Outbox) -> None:
+    """Its shards went with its session, whoever ended that: what it read may be another's by now."""
+
+    async def end_session() -> None:
+        await outbox.server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND application_name = 'credit-workers relay'"
+        )
+        while not relay.session.is_closed():  # noqa: ASYNC110 - the news is on its way
+            await asyncio.sleep(0)
+
+    relay = Interrupted(outbox.settings, end_session)
+    await outbox.commit(("user:ada", 1))
+    async with outbox.relaying(relay):
+        await outbox.emptied()
+
+    assert await outbox.told(CHANGED, 2) == [("user:ada", 1)] * 2
+    assert await outbox.told(BALANCE, 1) == [("user:ada", 1)]
 
 
 @pytest.mark.parametrize("outbox", [{BALANCE: {"max.message.bytes": "1"}}], indirect=True)

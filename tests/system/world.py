@@ -222,13 +222,18 @@ class Process:
         self._reader = asyncio.create_task(self._read(news))
 
     @classmethod
-    async def start(cls, environment: dict[str, str], news: News, *, part: str = "worker") -> Self:
+    async def start(
+        cls,
+        environment: dict[str, str],
+        news: News,
+        *,
+        part: str = "worker",
+        program: Sequence[str] = (sys.executable, "-m", "workers"),
+    ) -> Self:
         """Start the process; it may not consume yet."""
         inherited = {name: value for name, value in os.environ.items() if "CREDITS_" not in name}
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "workers",
+            *program,
             part,
             env={**inherited, **environment},
             stdin=asyncio.subprocess.DEVNULL,
@@ -378,10 +383,16 @@ class World:
         self.workers.append(worker)
         return worker
 
-    async def spawn_worker(self, *, part: str = "worker", **environment: str) -> Process:
+    async def spawn_worker(
+        self,
+        *,
+        part: str = "worker",
+        program: Sequence[str] = (sys.executable, "-m", "workers"),
+        **environment: str,
+    ) -> Process:
         """Start a worker, or another part, in a process of its own."""
         told = {**self.environment, **environment}
-        process = await Process.start(told, self.news, part=part)
+        process = await Process.start(told, self.news, part=part, program=program)
         self.workers.append(process)
         return process
 
@@ -878,9 +889,8 @@ class World:
     def _told_up_to(self, newest: dict[str, int]) -> bool:
         """Whether a newcomer knows each account from the states alone, at this version or a later one."""
         states: dict[str, int] = defaultdict(int)
-        for one in self.arrived[BALANCE]:
-            account = one.data["account_id"]
-            states[account] = max(states[account], one.data["version"])
+        for one in self.arrived[BALANCE]:  # the last one is what compaction keeps
+            states[one.data["account_id"]] = one.data["version"]
         return all(states[account] >= version for account, version in newest.items())
 
 

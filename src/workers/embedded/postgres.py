@@ -158,7 +158,7 @@ class Postgres(Server):
         except (asyncpg.CannotConnectNowError, asyncpg.ConnectionDoesNotExistError, TimeoutError):
             return False
         except (asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
-            return False  # an attempt that was given up on a slow machine is making it
+            return False  # the attempt before this one lost patience, and the server went on
         except asyncpg.InvalidAuthorizationSpecificationError as error:
             raise EmbeddedError(
                 f"PostgreSQL under {self._folder} refuses the password in {self._password_file} "

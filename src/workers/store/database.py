@@ -6,6 +6,7 @@ more rights than the role of its work, whatever the login in the URL may do.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Literal
 
 import asyncpg
@@ -67,14 +68,21 @@ async def connect(
 ) -> asyncpg.Connection[asyncpg.Record]:
     """One connection of its own, for work that lives as long as its session.
 
-    The server ends a session that is idle for longer than `idle_seconds_max`: its client is frozen or gone.
+    The server ends a session that is idle for longer than `idle_seconds_max`: its client is frozen or gone. It ends none of
+    them sooner because its client cannot be reached.
     """
-    idle_ms = str(int((idle_seconds_max or 0) * 1000))
+    session = _session(role, name)
+    if idle_seconds_max is not None:
+        session |= {
+            "idle_session_timeout": str(int(idle_seconds_max * 1000)),
+            "tcp_keepalives_count": str(ceil(idle_seconds_max / KEEPALIVE_SECONDS)),
+            "tcp_user_timeout": str(int(idle_seconds_max * 1000)),
+        }
     return await asyncpg.connect(
         database_url,
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_MS / 1000 + 5,
-        server_settings={**_session(role, name), "idle_session_timeout": idle_ms},
+        server_settings=session,
     )
 
 

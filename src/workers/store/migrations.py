@@ -2,6 +2,10 @@
 
 Invariants: an applied file never changes (its checksum is kept and compared), two migrators never interleave
 (advisory lock), and each file is one transaction with the record that it was applied.
+
+Old and new releases work side by side while a deployment rolls: a migration adds, and a release goes on beside additions that it
+does not know. One that takes away what earlier releases use says so in a line of its own, `-- requires: 0012`: releases that
+do not know migration 0012 then refuse the database.
 """
 
 from __future__ import annotations
@@ -13,7 +17,10 @@ from pathlib import Path
 
 import asyncpg
 
+from workers.store.safety import UnsafeDatabaseError
+
 FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
+REQUIRES = re.compile(r"^-- requires: (\d{4})$", re.MULTILINE)
 LOCK_KEY = 0x63726564  # "cred"
 # A migration that waits longer for a table lock would stall every worker behind it: it gives up instead.
 LOCK_TIMEOUT = "5s"
@@ -31,6 +38,11 @@ class Migration:
     name: str
     sql: str
     checksum: str
+
+    @property
+    def requires(self) -> int:
+        """The newest migration that a release must know to go on beside this one; 0: none, this one only adds."""
+        return max((int(number) for number in REQUIRES.findall(self.sql)), default=0)
 
 
 def schemas_folder() -> Path:
@@ -69,6 +81,9 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
             "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
             "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
         )
+        await connection.execute(
+            "ALTER TABLE public.credits_migrations ADD COLUMN IF NOT EXISTS requires integer NOT NULL DEFAULT 0"
+        )
         await connection.execute("GRANT SELECT ON public.credits_migrations TO PUBLIC")
         rows = await connection.fetch(
             "SELECT number, name, checksum FROM public.credits_migrations"
@@ -100,6 +115,29 @@ async def missing_migrations(pool: asyncpg.Pool[asyncpg.Record]) -> list[str]:
     return [migration.name for migration in read_migrations() if migration.name not in applied]
 
 
+async def refuse_newer(pool: asyncpg.Pool[asyncpg.Record]) -> None:
+    """Ask whether a later release took away what this one uses.
+
+    Raises:
+        UnsafeDatabaseError: it did; the message says by which migration.
+        OSError, asyncpg errors: the database does not answer.
+    """
+    known = len(read_migrations())
+    try:
+        name = await pool.fetchval(
+            "SELECT name FROM public.credits_migrations WHERE requires > $1 ORDER BY number LIMIT 1",
+            known,
+            timeout=5,
+        )
+    except (asyncpg.UndefinedColumnError, asyncpg.UndefinedTableError):
+        return  # migrated by a release that had nothing to take away, or not at all
+    if name is not None:
+        raise UnsafeDatabaseError(
+            f"The database is newer than this release can work with: it has {name}, and this release knows {known} "
+            "migrations. Run the newer release."
+        )
+
+
 def _refuse_unknown(applied: dict[int, asyncpg.Record], migrations: list[Migration]) -> None:
     newest = max(applied, default=0)
     if newest > len(migrations):
@@ -114,10 +152,11 @@ async def _apply(connection: asyncpg.Connection[asyncpg.Record], migration: Migr
             await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
             await connection.execute(migration.sql)
             await connection.execute(
-                "INSERT INTO public.credits_migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                "INSERT INTO public.credits_migrations (number, name, checksum, requires) VALUES ($1, $2, $3, $4)",
                 migration.number,
                 migration.name,
                 migration.checksum,
+                migration.requires,
             )
     except asyncpg.PostgresError as error:
         raise MigrationError(f"{migration.name} failed and changed nothing: {error}") from error
