@@ -65,11 +65,12 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
     connection = await asyncpg.connect(database_url, timeout=10)
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
-            "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
-        await connection.execute("GRANT SELECT ON public.credits_migrations TO PUBLIC")
+        # Not IF NOT EXISTS, for which a login that only goes on with what another began would need the right to create.
+        if not await connection.fetchval("SELECT to_regclass('public.credits_migrations')"):
+            await connection.execute(
+                "CREATE TABLE public.credits_migrations (number integer PRIMARY KEY, "
+                "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
+            )
         rows = await connection.fetch(
             "SELECT number, name, checksum FROM public.credits_migrations"
         )

@@ -14,8 +14,8 @@ class UnreachableError(Exception):
 
 
 @contextlib.contextmanager
-def database_reached(url: str) -> Iterator[None]:
-    """Turn what keeps us from using the database at `url` into an UnreachableError."""
+def database_reached(url: str, *, role: str = "credits_worker") -> Iterator[None]:
+    """Turn what keeps us from using the database at `url`, as a login with `role` may, into an UnreachableError."""
     import asyncpg
 
     where = address_of(url)
@@ -33,7 +33,7 @@ def database_reached(url: str) -> Iterator[None]:
     except asyncpg.InsufficientPrivilegeError as error:
         raise UnreachableError(
             f"the login in CREDITS_DATABASE_URL may not do this at {where} ({in_short(error)}): "
-            "grant it the role credits_worker, or use another login"
+            f"grant it the role {role}, or use another login"
         ) from error
     except Exception as error:
         if not (isinstance(error, OSError) or is_about_the_connection(error)):
