@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner, murmur2
 
+from workers.kafka import explained
 from workers.settings import Settings, kafka_options
 from workers.telemetry import describe_error
 
@@ -44,7 +45,7 @@ async def open_producer(
     """A started producer whose messages count as sent when all in-sync replicas have them.
 
     Raises:
-        KafkaError, OSError: the broker cannot be reached.
+        KafkaError, OSError: the broker cannot be reached, or refuses us; Refused says why.
     """
     producer = AIOKafkaProducer(
         **kafka_options(settings),
@@ -56,7 +57,8 @@ async def open_producer(
         **options,
     )
     try:
-        await producer.start()
+        async with explained(settings):
+            await producer.start()
     except BaseException:
         await close_producer(producer)
         raise

@@ -25,12 +25,13 @@ from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe, observe_entries
 from workers.intake import run_intake
+from workers.kafka import unprotected
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
 from workers.patrol import run_patrol
 from workers.probes import serve_probes
 from workers.relay import Relay
-from workers.settings import Settings, require
+from workers.settings import Settings, kafka_options, require
 from workers.sources import Sources
 from workers.store.database import answers, open_pool
 from workers.store.failures import classify
@@ -342,13 +343,15 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     """Run a worker until SIGTERM, SIGINT or `stop`. Waits for servers that are not there yet.
 
     Raises:
-        SettingsError: the catalogue cannot be used, or an address is missing; nothing was started.
+        SettingsError: the catalogue or the way to Kafka cannot be used, or an address is missing; nothing was started.
         UnsafeDatabaseError: the database could lose what is written to it; nothing is applied.
         Exception: a fault of our own; the process must end with it.
     """
     catalogue_file = settings.open_catalogue()
     stop = stop or _stop_on_signals()
-    require(settings.kafka_bootstrap, "kafka_bootstrap")
+    kafka_options(settings)  # what cannot be used is refused before anything is begun
+    if sentence := unprotected(settings):
+        log.warning("kafka_not_as_it_should_be", what=sentence)
     pool = await _patiently(stop, "database", lambda: _open(settings))
     if pool is None:
         return

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import asyncpg
 
+from workers.store.database import tls_explained
+
 FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
 LOCK_KEY = 0x63726564  # "cred"
 # A migration that waits longer for a table lock would stall every worker behind it: it gives up instead.
@@ -62,7 +64,8 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
         MigrationError: an applied file was changed since, the database is newer than this code, or a file failed.
     """
     migrations = read_migrations(folder)
-    connection = await asyncpg.connect(database_url, timeout=10)
+    with tls_explained(database_url):
+        connection = await asyncpg.connect(database_url, timeout=10)
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
         # Not IF NOT EXISTS, for which a login that only goes on with what another began would need the right to create.
