@@ -10,7 +10,6 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from typing import Any
 
 from aiokafka.conn import AIOKafkaConnection, create_conn
@@ -27,7 +26,7 @@ from aiokafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
-from workers.certificates import mend
+from workers.certificates import is_here, mend
 from workers.settings import Settings, kafka_options
 
 # One question to one server, asked only when it has refused.
@@ -142,7 +141,7 @@ def unprotected(settings: Settings) -> str | None:
     """A sentence for a connection that others on the network could read or use; None for one that is protected."""
     protocol = settings.kafka_security_protocol
     hosts = [host for host, _ in addresses(settings.kafka_bootstrap or "")]
-    if "SSL" in protocol or all(map(_is_here, hosts)):
+    if "SSL" in protocol or all(map(is_here, hosts)):
         return None
     return (
         f"Kafka is spoken to without TLS ({protocol}), and is on another machine: whoever is between can read and forge "
@@ -159,10 +158,3 @@ def addresses(bootstrap: str) -> list[tuple[str, int]]:
             (host.strip("[]"), int(port)) if host and port.isdigit() else (one.strip(), 9092)
         )
     return found
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -33,7 +33,7 @@ from workers.probes import serve_probes
 from workers.relay import Relay
 from workers.settings import Settings, kafka_options, require
 from workers.sources import Sources
-from workers.store.database import answers, open_pool
+from workers.store.database import answers, open_pool, unverified
 from workers.store.failures import classify
 from workers.store.ids import new_ids
 from workers.store.migrations import missing_migrations
@@ -352,6 +352,8 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     kafka_options(settings)  # what cannot be used is refused before anything is begun
     if sentence := unprotected(settings):
         log.warning("kafka_not_as_it_should_be", what=sentence)
+    if sentence := unverified(require(settings.database_url, "database_url")):
+        log.warning("database_not_as_it_should_be", what=sentence)
     pool = await _patiently(stop, "database", lambda: _open(settings))
     if pool is None:
         return

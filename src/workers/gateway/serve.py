@@ -12,7 +12,8 @@ from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
 from workers.kafka import unprotected
 from workers.serving import BACKLOG, Server
-from workers.settings import Settings, SettingsError, kafka_options
+from workers.settings import Settings, SettingsError, kafka_options, require
+from workers.store.database import unverified
 
 log = structlog.get_logger()
 
@@ -31,6 +32,8 @@ async def serve_gateway(settings: Settings) -> None:
     kafka_options(settings)  # what cannot be used is refused before anything is begun
     if sentence := unprotected(settings):
         log.warning("kafka_not_as_it_should_be", what=sentence)
+    if sentence := unverified(require(settings.database_url, "database_url")):
+        log.warning("database_not_as_it_should_be", what=sentence)
     with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:

@@ -11,10 +11,11 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
+from urllib.parse import urlsplit
 
 import asyncpg
 
-from workers.certificates import mend
+from workers.certificates import is_here, mend
 
 Role = Literal["credits_worker", "credits_reader", "credits_owner"]
 
@@ -82,6 +83,20 @@ def tls_explained(database_url: str) -> Iterator[None]:
         ) from error
 
 
+def unverified(database_url: str) -> str | None:
+    """A sentence for a connection behind which anybody could stand; None for one that is verified, or on this machine."""
+    try:
+        host = urlsplit(database_url).hostname or "localhost"
+    except ValueError:
+        return None
+    if is_here(host) or "sslmode=verify-full" in database_url:
+        return None
+    return (
+        "PostgreSQL is on another machine, and nothing proves that it is the right one: whoever is between can read and change "
+        "what is said. Add sslmode=verify-full and sslrootcert=… to CREDITS_DATABASE_URL"
+    )
+
+
 async def open_pool(
     database_url: str,
     *,
@@ -144,4 +159,12 @@ async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
     return bool(read_only == "off")
 
 
-__all__ = ["Role", "UntrustedError", "answers", "connect", "open_pool", "tls_explained"]
+__all__ = [
+    "Role",
+    "UntrustedError",
+    "answers",
+    "connect",
+    "open_pool",
+    "tls_explained",
+    "unverified",
+]
