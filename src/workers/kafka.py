@@ -16,6 +16,7 @@ from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
+    ClusterAuthorizationFailedError,
     CorruptRecordException,
     GroupAuthorizationFailedError,
     IllegalSaslStateError,
@@ -31,6 +32,7 @@ from workers.settings import Settings, kafka_options
 
 # One question to one server, asked only when it has refused.
 ASK_SECONDS = 5.0
+GIVE = "give it the rights in docs/security.md; nothing is lost meanwhile"
 
 
 class Refused(KafkaConnectionError):  # type: ignore[misc]  # noqa: N818 - aiokafka has no types; a state that mending ends
@@ -40,6 +42,14 @@ class Refused(KafkaConnectionError):  # type: ignore[misc]  # noqa: N818 - aioka
         return str(self.args[0])
 
 
+# A producer whose every message counts once must be allowed to write to some topic before it begins.
+RIGHTS_MISSING = (
+    TopicAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    ClusterAuthorizationFailedError,
+)
+
+
 def right_missing(error: BaseException, settings: Settings) -> str | None:
     """The sentence for a right that we do not have; None for any other error."""
     match error:
@@ -47,12 +57,17 @@ def right_missing(error: BaseException, settings: Settings) -> str | None:
             kind = "topic"
         case GroupAuthorizationFailedError():
             kind = "consumer group"
+        case ClusterAuthorizationFailedError():
+            return f"Kafka does not allow {_user(settings)} to write to any topic: {GIVE}"
         case _:
             return None
     what = error.args[0] if error.args else "that it needs"
     names = ", ".join(sorted(what)) if isinstance(what, (set, frozenset)) else what
-    user = settings.kafka_sasl_username or "this user"
-    return f"Kafka does not allow {user} to use the {kind} {names}: give it the rights in docs/security.md; nothing is lost meanwhile"
+    return f"Kafka does not allow {_user(settings)} to use the {kind} {names}: {GIVE}"
+
+
+def _user(settings: Settings) -> str:
+    return settings.kafka_sasl_username or "this user"
 
 
 @asynccontextmanager
@@ -60,7 +75,7 @@ async def explained(settings: Settings) -> AsyncIterator[None]:
     """Around what opens a client of Kafka. Raises Refused with the reason where the client has none to give."""
     try:
         yield
-    except (TopicAuthorizationFailedError, GroupAuthorizationFailedError) as error:
+    except RIGHTS_MISSING as error:
         raise Refused(right_missing(error, settings)) from error
     except KafkaConnectionError as error:
         raise Refused(await _why(settings)) from error

@@ -1,6 +1,9 @@
 """Who may do what: every role, every table, every verb, against a table written out here."""
 
+import contextlib
+import re
 import secrets
+from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -397,29 +400,53 @@ async def test_a_released_connection_is_what_it_was(database_url: str) -> None:
     assert tuple(row) == ("credits_worker", "10s", "credits")
 
 
-async def test_logins_that_hold_one_role_each_can_migrate_and_work(
+def commands_of_the_guide(mark: str) -> list[str]:
+    """The statements of docs/security.md that make roles, logins and the database, under names of this test's own."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    ours = re.sub(r"\bcredit_(\w+)", rf"credit_\1_{mark}", block)
+    ours = ours.replace(" LOGIN ", " LOGIN PASSWORD 'tests' ")
+    ours = re.sub(r"DATABASE credits\b", f"DATABASE credits_{mark}", ours)
+    return [statement.strip() for statement in ours.split(";") if statement.strip()]
+
+
+async def test_logins_of_one_role_each_made_as_the_guide_says_can_migrate_work_and_report(
     servers, owner: asyncpg.Connection
 ) -> None:
-    """What a deployment has: the owner's database, a login that migrates it, again too, and a login that works in it."""
-    name = f"tests_{secrets.token_hex(6)}"
-    await owner.execute(f"CREATE DATABASE {name} OWNER credits_owner")
-    new = urlunsplit(urlsplit(servers.database_url)._replace(path=f"/{name}"))
+    """A login that migrates, again too; one that works, of which nothing is told; one that reads views, and cannot even make
+    a temporary table; and nobody else comes in.
+    """
+    mark = secrets.token_hex(4)
+    parts = urlsplit(servers.database_url)
+
+    def url(name: str) -> str:
+        netloc = f"credit_{name}_{mark}:tests@{parts.hostname}:{parts.port}"
+        return urlunsplit(parts._replace(netloc=netloc, path=f"/credits_{mark}"))
+
     try:
-        async with (
-            login(owner, new, "credits_owner") as migrating,
-            login(owner, new, "credits_owner") as another,
-            login(owner, new, "credits_worker") as working,
-        ):
-            assert await migrate(migrating) == [one.name for one in read_migrations()]
-            assert await migrate(another) == []
-            async with await open_pool(working, name="tests") as pool:
-                assert await refuse_unsafe(pool) == []
-                await ledger_over(pool).apply([*life.first()[:4]])
-                balance = await pool.fetchval(
-                    "SELECT purchased FROM accounts WHERE account_id = 'user:ann'"
-                )
-            await owner.execute(f"DROP DATABASE {name} WITH (FORCE)")  # it holds their rights
+        for statement in commands_of_the_guide(mark):
+            with contextlib.suppress(asyncpg.DuplicateObjectError):  # the three roles are there
+                await owner.execute(statement)
+        names = [one.name for one in read_migrations()]
+        assert [await migrate(url("migrations")) for _ in range(2)] == [names, []]
+        async with await open_pool(url("workers"), name="tests") as pool:
+            assert await refuse_unsafe(pool) == []
+            await ledger_over(pool).apply([*life.first()[:4]])
+        reports = await asyncpg.connect(url("reports"))
+        balance = await reports.fetchval(
+            "SELECT purchased_credits FROM user_credits WHERE user_id = 'ann'"
+        )
+        await reports.execute("SET default_transaction_read_only = off")  # whoever likes, may
+        for statement in (*REFUSED_TO_THE_READER, "CREATE TEMPORARY TABLE mine (id int)"):
+            assert await refused(reports, statement), statement
+        assert await reports.fetchval("SHOW statement_timeout") == "30s"
+        await reports.close()
+        async with login(owner, url("workers")) as stranger:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="CONNECT"):
+                await asyncpg.connect(stranger)
     finally:
-        await owner.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await owner.execute(f"DROP DATABASE IF EXISTS credits_{mark} WITH (FORCE)")
+        for name in ("migrations", "workers", "gateways", "reports"):
+            await owner.execute(f"DROP ROLE IF EXISTS credit_{name}_{mark}")
 
     assert balance == 100
