@@ -33,6 +33,7 @@ from workers import relay as relaying
 from workers.embedded import Servers
 from workers.embedded.postgres import Postgres
 from workers.kafka import Refused
+from workers.operations.lag import lags
 from workers.producer import close_producer, open_producer
 from workers.rights import Right, rights_of
 from workers.settings import Settings
@@ -217,6 +218,9 @@ async def _operate(world: World, users: Users, letter: Place) -> None:
         status, output, errors = await run(world, users, *arguments, "--json")
         assert (status, errors) in {(0, ""), (1, "")}, (arguments, output, errors)
         assert arguments != ("health",) or '"lag"' in output
+    # The console's first page asks it too.
+    settings = Settings(**users.settings("gateway", topic_prefix=world.settings.topic_prefix))
+    assert None not in (await lags(settings, seconds_max=30)).values()
 
 
 async def test_a_certificate_may_take_the_place_of_a_password(

@@ -1,13 +1,18 @@
-"""The list of rights in Kafka: the guide says the same."""
+"""The list of rights in Kafka: the guide and the manifests say the same."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from workers.rights import rights_of
+import pytest
+
+from workers.rights import Part, rights_of
 from workers.settings import Settings
 from workers.topics import TOPICS
 
-PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "security.md"
+MANIFESTS = ROOT / "deploy" / "strimzi" / "users.yaml"
 
 
 def rows() -> list[tuple[str, str, tuple[str, ...], set[str]]]:
@@ -46,3 +51,38 @@ def test_a_prefix_is_part_of_every_name() -> None:
             right.name.startswith("second.")
             for right in rights_of(part, Settings(topic_prefix="second."))
         )
+
+
+@pytest.mark.skipif(not MANIFESTS.exists(), reason="there are no manifests of Strimzi here")
+@pytest.mark.parametrize("part", ["worker", "gateway"])
+def test_the_manifests_give_a_part_its_rights_and_no_more(part: Part) -> None:
+    """Any right to a resource is also the right to see it, written or not."""
+    yaml = pytest.importorskip("yaml")
+    users = {one["metadata"]["name"]: one for one in yaml.safe_load_all(MANIFESTS.read_text())}
+    needed = rights_of(part, Settings())
+    known = {
+        (right.kind, right.name)
+        for some in ("worker", "gateway")
+        for right in rights_of(some, Settings())
+    }
+
+    def meant(resource: dict[str, str]) -> Iterable[str]:
+        if resource.get("patternType") != "prefix":
+            return [resource["name"]]
+        return [
+            name
+            for kind, name in known
+            if kind == resource["type"] and name.startswith(resource["name"])
+        ]
+
+    given = {
+        (acl["resource"]["type"], name, operation)
+        for acl in users[f"credits-{part}"]["spec"]["authorization"]["acls"]
+        for name in meant(acl["resource"])
+        for operation in (*acl["operations"], "Describe")
+    }
+    assert given == {
+        (right.kind, right.name, operation)
+        for right in needed
+        for operation in (*right.operations, "Describe")
+    }
