@@ -21,7 +21,7 @@ from workers.embedded.containers import ContainerStack
 
 # Folders whose files wait longest come first, so that test processes that share the files end together.
 LONGEST_FIRST = (
-    "chaos", "simulation", "system", "up", "embedded", "examples", "benchmarks", "browser", "imports", "ledger", "store",
+    "chaos", "simulation", "system", "up", "secured", "embedded", "examples", "benchmarks", "browser", "imports", "ledger", "store",
 )  # fmt: skip
 # Large enough for the tests of records beyond what the service accepts.
 KAFKA_MESSAGE_BYTES_MAX = 10 * 1024 * 1024

@@ -36,9 +36,11 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 
 from workers import telemetry
 from workers.batch import Ledger, Report
+from workers.kafka import explained, right_missing
 from workers.ledger.model import Alert
 from workers.messages.record import Record
 from workers.reader import BATCHES_MAX, Reader
+from workers.rights import group_of
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
 from workers.store.failures import classify
 from workers.store.set_aside import Work
@@ -134,7 +136,8 @@ class Consumer:
         # FastStream has no setting for the consumer's class.
         config = self._broker.config.broker_config
         config.builder = partial(Reader, **cast("partial[Any]", config.builder).keywords)
-        await self._broker.start()
+        async with explained(self._settings):
+            await self._broker.start()
 
     async def stop(self) -> "Left":
         """Finish or abandon the batches in flight within STOP_SECONDS, and leave the groups; what became of them."""
@@ -152,19 +155,28 @@ class Consumer:
         """The topics of which this worker has partitions and takes records; none while it is stalled."""
         if self.paused:
             return []
-        return [name for name, subscription in self._subscriptions.items() if subscription.assigned]
+        return [
+            name
+            for name, subscription in self._subscriptions.items()
+            if subscription.assigned and subscription.refusal is None
+        ]
 
     def idle_because(self) -> str | None:
-        """Why no record is taken, in a few words; None while records are taken."""
+        """Why no record is taken, or none of some topic, in a few words; None while records are taken."""
         if self._stalled:
             return "the database is away"
         if self._held:
             return "the outbox is full"
+        for subscription in self._subscriptions.values():
+            if (refusal := subscription.refusal) is not None:
+                return right_missing(refusal, self._settings)
         return None if self.consumed_topics() else "no partition is assigned"
 
     async def broker_answers(self) -> bool:
         """Whether the broker answers. Without a partition nobody asks it, and nothing is consumed anyway."""
         for subscription in self._subscriptions.values():
+            if subscription.refusal is not None:
+                continue  # it has answered, if with a no
             for partition in subscription.assigned:
                 try:
                     async with asyncio.timeout(BROKER_SECONDS):
@@ -408,7 +420,7 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
         topic = settings.topic(self._name)
         self._subscriber = broker.subscriber(
             topic,
-            group_id=f"{settings.topic_prefix}credit-workers.{self._name}",
+            group_id=group_of(settings, self._name),
             batch=True,
             max_records=BATCHES_MAX * settings.batch_records_max,
             batch_timeout_ms=POLL_MS,
@@ -452,6 +464,12 @@ class _Subscription(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
     def assigned(self) -> set[TopicPartition]:
         consumer = self._subscriber.consumer
         return set(consumer.assignment()) if consumer is not None else set()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """What the broker does not allow here."""
+        consumer = self._subscriber.consumer
+        return consumer.refusal if consumer is not None else None
 
     def lag(self) -> int:
         consumer, behind = self._subscriber.consumer, 0

@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner, murmur2
 
+from workers.kafka import explained
 from workers.settings import Settings, kafka_options
 from workers.telemetry import describe_error
 
@@ -55,7 +56,7 @@ async def open_producer(
     """A started producer whose messages count as sent when all in-sync replicas have them.
 
     Raises:
-        KafkaError, OSError: the broker cannot be reached.
+        KafkaError, OSError: the broker cannot be reached, or refuses us; Refused says why.
     """
     producer = AIOKafkaProducer(
         **kafka_options(settings),
@@ -68,7 +69,8 @@ async def open_producer(
     )
     producer.client._get_conn = _bounded(producer.client._get_conn)  # noqa: SLF001 - the only place that all connections pass
     try:
-        await producer.start()
+        async with explained(settings):
+            await producer.start()
     except BaseException:
         await close_producer(producer)
         raise

@@ -8,6 +8,9 @@ can send. aiokafka would stumble over it for ever. Such a batch is read by its o
 Its task that fetches ends for good at an error that it does not know, and nobody would notice: the consumer stays in its
 group and waits for records that nobody asks for. Here it is begun anew.
 
+Its task that keeps it in the group stops for good, too, at a right that is taken away, and says so at every poll for ever, given
+back or not. Here a poll waits until what was refused is allowed, and joins anew; meanwhile `refusal` says what it is.
+
 What comes waits for nobody: a poll lasts until there is something. FastStream sleeps after a poll that brought nothing,
 for as long as it had waited, and what comes meanwhile would wait too.
 """
@@ -23,6 +26,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.consumer import fetcher
+from aiokafka.errors import GroupAuthorizationFailedError, TopicAuthorizationFailedError
 from aiokafka.record.default_records import DefaultRecordBatch, _DefaultRecordBatchPy
 from aiokafka.record.memory_records import _MemoryRecordsPy
 
@@ -31,10 +35,17 @@ log = logging.getLogger(__name__)
 # What a poll brings is applied as so many batches side by side, and a partition's records are of one batch: so a partition
 # fills one batch at most, and where it fills it the rest of its records is left for the next poll.
 BATCHES_MAX = 2
+ASK_AGAIN_SECONDS = 1.0
+NOT_ALLOWED = (TopicAuthorizationFailedError, GroupAuthorizationFailedError)
 
 
 class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
-    """Kafka's consumer, whose `getmany` waits for a record and returns every one that it counts as consumed."""
+    """Kafka's consumer, whose `getmany` waits for a record and returns every one that it counts as consumed.
+
+    `refusal`: what it is not allowed to do, and waits for; None while nothing is refused.
+    """
+
+    refusal: Exception | None = None
 
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
@@ -51,6 +62,9 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
             try:
                 # The first record ends this call, before another partition could raise.
                 taken = await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=1)
+                self.refusal = None
+            except NOT_ALLOWED as error:
+                await self._bear(error)
             except Exception as error:
                 failure = error
         left = max_records or sys.maxsize
@@ -85,6 +99,20 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         if self._fetching_has_ended():
             self._fetch_with(asyncio.sleep(0))
         await super().stop()
+
+    async def _bear(self, refusal: Exception) -> None:
+        """Wait for a right to be given back. What keeps us in the group has ended at its loss, and is begun anew."""
+        if self.refusal is None:
+            log.critical(
+                "Kafka refuses what is needed here; it is asked again and again: %s", refusal
+            )
+        self.refusal = refusal
+        coordinator = self._coordinator
+        beat = getattr(coordinator, "_heartbeat_task", None)
+        if beat is not None and beat.done():
+            coordinator._heartbeat_task = None  # noqa: SLF001 - it would raise what it ended with for ever
+            coordinator.request_rejoin()
+        await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def _keep_fetching(self) -> None:
         """Fetch on where fetching has ended by itself. What was fetched and not handed out is fetched again."""

@@ -48,6 +48,7 @@ from aiokafka.errors import (
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from workers import telemetry, tracing
+from workers.kafka import right_missing
 from workers.messages.outbound import (
     BALANCE,
     CHANGED,
@@ -479,6 +480,7 @@ class Relay:
             all_of_it=key[1] is None,
             seconds=HELD_SECONDS,
             error=telemetry.describe_error(error),
+            what=right_missing(error, self._settings),
         )
 
     def _held_back(self) -> tuple[list[str], list[str], list[str]]:

@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     kafka_sasl_username: str | None = None
     kafka_sasl_password: Secrets
     kafka_ca_file: Path | None = None
+    kafka_cert_file: Path | None = None
+    kafka_key_file: Path | None = None
 
     partitions: Annotated[int, Field(ge=1, le=1000)] = 6
     replication_factor: Annotated[int, Field(ge=1, le=10)] = 1
@@ -185,14 +187,18 @@ def require(value: SecretStr | str | None, name: str) -> str:
 
 
 def kafka_options(settings: Settings) -> dict[str, Any]:
-    """The connection arguments that every aiokafka client of this process takes."""
+    """The connection arguments that every client of Kafka takes in this process.
+
+    Raises:
+        SettingsError: the settings contradict each other, or a file of certificates cannot be used.
+    """
     options: dict[str, Any] = {
         "bootstrap_servers": require(settings.kafka_bootstrap, "kafka_bootstrap"),
         "security_protocol": settings.kafka_security_protocol,
     }
+    _refuse_contradictions(settings)
     if "SSL" in settings.kafka_security_protocol:
-        cafile = str(settings.kafka_ca_file) if settings.kafka_ca_file else None
-        options["ssl_context"] = ssl.create_default_context(cafile=cafile)
+        options["ssl_context"] = _tls(settings)
     if settings.kafka_security_protocol.startswith("SASL"):
         options["sasl_mechanism"] = settings.kafka_sasl_mechanism
         options["sasl_plain_username"] = settings.kafka_sasl_username
@@ -200,3 +206,53 @@ def kafka_options(settings: Settings) -> dict[str, Any]:
             settings.kafka_sasl_password, "kafka_sasl_password"
         )
     return options
+
+
+def _refuse_contradictions(settings: Settings) -> None:
+    """What is set and would not be used is a deployment that is less protected than somebody thinks."""
+    protocol = settings.kafka_security_protocol
+    said = f"CREDITS_KAFKA_SECURITY_PROTOCOL is {protocol}"
+    sasl = {
+        name: getattr(settings, name) for name in ("kafka_sasl_username", "kafka_sasl_password")
+    }
+    tls = {
+        name: getattr(settings, name)
+        for name in ("kafka_ca_file", "kafka_cert_file", "kafka_key_file")
+    }
+    if protocol.startswith("SASL"):
+        for name, value in sasl.items():
+            require(value, name)
+        if protocol == "SASL_PLAINTEXT" and settings.kafka_sasl_mechanism == "PLAIN":
+            raise SettingsError(
+                f"{said} and CREDITS_KAFKA_SASL_MECHANISM is PLAIN: the password would be readable on the network. "
+                "Set the first to SASL_SSL, or the second to SCRAM-SHA-512"
+            )
+    elif unused := [name for name, value in sasl.items() if value]:
+        raise SettingsError(
+            f"CREDITS_{unused[0].upper()} is set, but {said}, which asks for no user: set that to SASL_SSL, or unset this"
+        )
+    if "SSL" not in protocol and (unused := [name for name, value in tls.items() if value]):
+        raise SettingsError(
+            f"CREDITS_{unused[0].upper()} is set, but {said}, which is not TLS: set that to SASL_SSL or SSL, or unset this"
+        )
+    if settings.kafka_key_file and not settings.kafka_cert_file:
+        raise SettingsError(
+            "CREDITS_KAFKA_KEY_FILE is set without CREDITS_KAFKA_CERT_FILE: a key proves nothing without its certificate"
+        )
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    """Trust of the authority that was named, or of the system's; the host's name is always compared."""
+    name, path = "KAFKA_CA_FILE", settings.kafka_ca_file
+    try:
+        context = ssl.create_default_context(cafile=str(path) if path else None)
+        if settings.kafka_cert_file:
+            name, path = "KAFKA_CERT_FILE (with CREDITS_KAFKA_KEY_FILE)", settings.kafka_cert_file
+            # A key with a password would be asked for at a terminal that is not there.
+            context.load_cert_chain(path, settings.kafka_key_file, password="")
+    except ssl.SSLError as error:
+        raise SettingsError(f"CREDITS_{name} is no PEM, or not of one pair: {path}") from error
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "it needs a password"
+        raise SettingsError(f"CREDITS_{name} cannot be used: {why}: {path}") from error
+    return context

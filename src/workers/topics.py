@@ -11,6 +11,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
+from workers.kafka import explained
 from workers.messages.outbound import BALANCE
 from workers.settings import INBOUND_TOPICS, OUTBOUND_TOPICS, Settings, kafka_options
 
@@ -52,8 +53,7 @@ def all_topics(settings: Settings) -> tuple[str, ...]:
 
 async def ensure_topics(settings: Settings) -> list[str]:
     """Create what is missing, never touching what exists. Returns the names created, sorted."""
-    admin = AIOKafkaAdminClient(**kafka_options(settings), request_timeout_ms=30_000)
-    await admin.start()
+    admin = await _open_admin(settings, request_timeout_ms=30_000)
     try:
         existing = set(await admin.list_topics())
         missing = [name for name in TOPICS if settings.topic(name) not in existing]
@@ -71,6 +71,13 @@ async def ensure_topics(settings: Settings) -> list[str]:
         await admin.close()
 
 
+async def _open_admin(settings: Settings, *, request_timeout_ms: int) -> AIOKafkaAdminClient:
+    admin = AIOKafkaAdminClient(**kafka_options(settings), request_timeout_ms=request_timeout_ms)
+    async with explained(settings):
+        await admin.start()
+    return admin
+
+
 async def _wait_for_leaders(admin: AIOKafkaAdminClient, names: Sequence[str]) -> None:
     """A topic is of use once each partition has a leader, some moments after it was created."""
     while True:
@@ -86,8 +93,7 @@ async def _wait_for_leaders(admin: AIOKafkaAdminClient, names: Sequence[str]) ->
 
 async def missing_topics(settings: Settings) -> set[str]:
     """Names of topics that do not exist. Raises KafkaError when the broker cannot be reached."""
-    admin = AIOKafkaAdminClient(**kafka_options(settings), request_timeout_ms=5_000)
-    await admin.start()
+    admin = await _open_admin(settings, request_timeout_ms=5_000)
     try:
         return set(all_topics(settings)) - set(await admin.list_topics())
     finally:
@@ -100,8 +106,7 @@ async def unfit_topics(settings: Settings) -> list[str]:
     More partitions, a longer retention and larger records than ours are an operator's choice, and are not told.
     Raises KafkaError when the broker cannot be reached.
     """
-    admin = AIOKafkaAdminClient(**kafka_options(settings), request_timeout_ms=30_000)
-    await admin.start()
+    admin = await _open_admin(settings, request_timeout_ms=30_000)
     try:
         names = {settings.topic(name): name for name in TOPICS}
         there = sorted(names.keys() & set(await admin.list_topics()))

@@ -25,14 +25,15 @@ from workers.catalogue_file import LOOK_SECONDS, CatalogueFile, Refused
 from workers.clock import run_clock
 from workers.consumer import Consumer, observe, observe_entries
 from workers.intake import run_intake
+from workers.kafka import unprotected
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.model import Alert
 from workers.patrol import run_patrol
 from workers.probes import serve_probes
 from workers.relay import Relay
-from workers.settings import Settings, require
+from workers.settings import Settings, kafka_options, require
 from workers.sources import Sources
-from workers.store.database import answers, open_pool
+from workers.store.database import answers, open_pool, unverified
 from workers.store.failures import classify
 from workers.store.ids import new_ids
 from workers.store.migrations import missing_migrations, refuse_newer
@@ -344,13 +345,17 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
     """Run a worker until SIGTERM, SIGINT or `stop`. Waits for servers that are not there yet.
 
     Raises:
-        SettingsError: the catalogue cannot be used, or an address is missing; nothing was started.
+        SettingsError: the catalogue or the way to Kafka cannot be used, or an address is missing; nothing was started.
         UnsafeDatabaseError: the database could lose what is written to it; nothing is applied.
         Exception: a fault of our own; the process must end with it.
     """
     catalogue_file = settings.open_catalogue()
     stop = stop or _stop_on_signals()
-    require(settings.kafka_bootstrap, "kafka_bootstrap")
+    kafka_options(settings)  # what cannot be used is refused before anything is begun
+    if sentence := unprotected(settings):
+        log.warning("kafka_not_as_it_should_be", what=sentence)
+    if sentence := unverified(require(settings.database_url, "database_url")):
+        log.warning("database_not_as_it_should_be", what=sentence)
     started: Worker | None = None
     # Before anything is waited for: whoever watches tells one that waits from one that is stuck.
     probes = await serve_probes(

@@ -26,7 +26,8 @@ from tests.store.kit import (
 from workers.batch import Ledger
 from workers.operations import health as module
 from workers.operations.health import Check, Health, judge_lag, look
-from workers.operations.lag import Unanswered, group_of, lags
+from workers.operations.lag import Unanswered, lags
+from workers.rights import group_of
 from workers.settings import INBOUND_TOPICS, Settings, load_settings
 from workers.store.database import open_pool
 from workers.store.reads import Pool

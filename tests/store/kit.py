@@ -4,12 +4,15 @@ Offsets count up over all topics of a test run, so that no two records share the
 wants them to: a redelivery is the same `Work` again.
 """
 
+import contextlib
 import itertools
 import json
+import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 from stripe import WebhookSignature
@@ -266,3 +269,15 @@ async def until(connection: asyncpg.Connection, question: str) -> None:
     while not await connection.fetchval(question):
         # Inside a transaction the activity that was seen once would be seen for ever.
         await connection.execute("SELECT pg_stat_clear_snapshot()")
+
+
+@contextlib.asynccontextmanager
+async def login(owner: asyncpg.Connection, url: str, *roles: str) -> AsyncIterator[str]:
+    """The address of a database for a login that holds these roles and is nothing else."""
+    name, parts = f"tests_{secrets.token_hex(6)}", urlsplit(url)
+    members = f" IN ROLE {', '.join(roles)}" if roles else ""
+    await owner.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'tests'{members}")
+    try:
+        yield urlunsplit(parts._replace(netloc=f"{name}:tests@{parts.hostname}:{parts.port}"))
+    finally:
+        await owner.execute(f"DROP ROLE {name}")

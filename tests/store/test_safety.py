@@ -13,7 +13,7 @@ from workers.store.database import open_pool
 from workers.store.migrations import migrate
 from workers.store.safety import UnsafeDatabaseError, refuse_unsafe
 
-from .kit import until
+from .kit import login, until
 
 
 async def refusal(url: str, **options: str) -> str:
@@ -59,7 +59,7 @@ async def test_the_database_of_the_tests_is_safe(database_url: str, pool: asyncp
     assert await refusal(database_url) == ""
 
     (told,) = await refuse_unsafe(pool)
-    assert "the login is a superuser" in told
+    assert "is a superuser" in told
 
 
 @pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
@@ -183,15 +183,32 @@ async def test_a_login_of_its_own_is_what_a_worker_should_have(
     database_url: str, owner: asyncpg.Connection
 ) -> None:
     """A member of `credits_worker` and nothing else: nothing to refuse, nothing to tell."""
-    login = f"tests_{secrets.token_hex(6)}"
-    await owner.execute(f"CREATE ROLE {login} LOGIN PASSWORD 'tests' IN ROLE credits_worker")
-    parts = urlsplit(database_url)
-    url = urlunsplit(parts._replace(netloc=f"{login}:tests@{parts.hostname}:{parts.port}"))
-    try:
-        async with await open_pool(url, size_max=1, name="tests") as pool:
-            assert await refuse_unsafe(pool) == []
-    finally:
-        await owner.execute(f"DROP ROLE {login}")
+    async with login(owner, database_url, "credits_worker") as url:
+        assert await told_of(url) == []
+
+
+async def test_a_login_that_is_more_than_a_worker_is_told(
+    database_url: str, owner: asyncpg.Connection
+) -> None:
+    """It works, in the worker's role; but who has its password may take the journal's guards away. One sentence says so."""
+    (superuser,) = await told_of(database_url)
+    async with login(owner, database_url, "credits_worker", "credits_owner") as url:
+        (migrating,) = await told_of(url)
+    async with login(owner, database_url, "credits_worker") as url:
+        name = urlsplit(url).username
+        await owner.execute(f"GRANT SET ON PARAMETER session_replication_role TO {name}")
+        (applying,) = await told_of(url)
+        await owner.execute(f"REVOKE SET ON PARAMETER session_replication_role FROM {name}")
+
+    assert "is a superuser" in superuser
+    assert "may act as the owner of the journal" in migrating
+    assert f"REVOKE SET ON PARAMETER session_replication_role FROM {name}" in applying
+
+
+async def told_of(url: str) -> list[str]:
+    """What a worker that connects now tells although it works."""
+    async with await open_pool(url, size_max=1, name="tests") as pool:
+        return await refuse_unsafe(pool)
 
 
 async def test_guards_that_sleep_are_told(owner: asyncpg.Connection, pool: asyncpg.Pool) -> None:

@@ -64,7 +64,7 @@ def migrate(as_json: Json = False) -> int:
     from workers.store.migrations import migrate as apply
 
     url = require(operator_settings().database_url, "database_url")
-    with database_reached(url):
+    with database_reached(url, role="credits_owner"):
         applied = asyncio.run(apply(url))
     tell(
         {"applied": applied},

@@ -100,6 +100,7 @@ class Kafka(Server):
     """The Kafka broker of a home."""
 
     name = "Kafka"
+    _format_options: Sequence[str] = ()
     _start_seconds_max = 120.0
     _stop_signal = signal.SIGTERM
 
@@ -133,15 +134,16 @@ class Kafka(Server):
         with written(self._folder / "log4j2.properties", self.owner) as file:
             file.write(_LOGGING)
         with written(self._folder / "server.properties", self.owner) as file:
-            file.write(
-                _CONFIGURATION.format(
-                    port=self.port,
-                    controller_port=self.controller_port,
-                    message_bytes_max=self._message_bytes_max,
-                )
-            )
+            file.write(self._configuration())
         if not (self._folder / "formatted").exists():
             self._format(cancelled)
+
+    def _configuration(self) -> str:
+        return _CONFIGURATION.format(
+            port=self.port,
+            controller_port=self.controller_port,
+            message_bytes_max=self._message_bytes_max,
+        )
 
     def _format(self, cancelled: threading.Event) -> None:
         self._report("Formatting Kafka's storage")
@@ -153,7 +155,7 @@ class Kafka(Server):
             # The "=" form: an id may begin with "-".
             self._java(
                 "kafka.tools.StorageTool",
-                "format", f"--cluster-id={cluster}", "--config=server.properties",
+                "format", f"--cluster-id={cluster}", "--config=server.properties", *self._format_options,
             ),
             cancelled,
             seconds_max=_FORMAT_SECONDS_MAX,

@@ -10,8 +10,10 @@ import structlog
 from workers.catalogue_file import CatalogueFile, Refused
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
+from workers.kafka import unprotected
 from workers.serving import BACKLOG, Server
-from workers.settings import Settings, SettingsError
+from workers.settings import Settings, SettingsError, kafka_options, require
+from workers.store.database import unverified
 
 log = structlog.get_logger()
 
@@ -24,9 +26,14 @@ async def serve_gateway(settings: Settings) -> None:
     Starts and stays up without Kafka and PostgreSQL.
 
     Raises:
-        SettingsError: the catalogue cannot be used, an address is missing, or the port that was asked for is taken.
+        SettingsError: the catalogue or the way to Kafka cannot be used, an address is missing, or the port that was asked for is taken.
     """
     catalogue = settings.open_catalogue()
+    kafka_options(settings)  # what cannot be used is refused before anything is begun
+    if sentence := unprotected(settings):
+        log.warning("kafka_not_as_it_should_be", what=sentence)
+    if sentence := unverified(require(settings.database_url, "database_url")):
+        log.warning("database_not_as_it_should_be", what=sentence)
     with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:

@@ -14,6 +14,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
+from workers.kafka import Refused, explained
+from workers.rights import group_of
 from workers.settings import INBOUND_TOPICS, Settings, kafka_options
 
 ASK_AGAIN_SECONDS = 0.1
@@ -38,6 +40,8 @@ async def lags(settings: Settings, *, seconds_max: float) -> dict[str, int | Non
             return await _lags(settings)
     except TimeoutError as error:
         raise Unanswered(f"no answer within {seconds_max:g} s") from error
+    except Refused as error:
+        raise Unanswered(str(error)) from error
     except (KafkaError, OSError) as error:
         raise Unanswered(type(error).__name__) from error
 
@@ -47,7 +51,8 @@ async def _lags(settings: Settings) -> dict[str, int | None]:
     consumer = AIOKafkaConsumer(**options, group_id=None, enable_auto_commit=False)
     admin = AIOKafkaAdminClient(**options)
     try:
-        await asyncio.gather(consumer.start(), admin.start())
+        async with explained(settings):
+            await asyncio.gather(consumer.start(), admin.start())
         found: dict[str, int | None] = dict.fromkeys(INBOUND_TOPICS)
         described = await admin.describe_topics([settings.topic(name) for name in INBOUND_TOPICS])
         numbers = {
@@ -89,11 +94,6 @@ async def _committed(
             await asyncio.sleep(ASK_AGAIN_SECONDS)
         else:
             return dict(found)
-
-
-def group_of(settings: Settings, topic: str) -> str:
-    """The consumer group that applies a topic's records."""
-    return f"{settings.topic_prefix}credit-workers.{topic}"
 
 
 def _behind(

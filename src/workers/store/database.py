@@ -6,10 +6,17 @@ more rights than the role of its work, whatever the login in the URL may do.
 
 from __future__ import annotations
 
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from typing import Literal
+from urllib.parse import urlsplit
 
 import asyncpg
+
+from workers.certificates import is_here, mend
 
 Role = Literal["credits_worker", "credits_reader", "credits_owner"]
 
@@ -20,6 +27,7 @@ LOCK_MS = 5_000
 IDLE_IN_TRANSACTION_MS = 15_000
 # A machine that lost its power closes nothing: without these the server would keep its locks for two hours.
 KEEPALIVE_SECONDS, KEEPALIVES_MAX = 5, 3
+TLS_ASKED = re.compile(r"[?&]sslmode=(require|verify-)")
 
 
 def _session(role: Role, name: str) -> dict[str, str]:
@@ -41,6 +49,55 @@ def _session(role: Role, name: str) -> dict[str, str]:
     }
 
 
+class UntrustedError(ConnectionError):
+    """PostgreSQL cannot be spoken to by TLS as its address asks; the message says what to mend."""
+
+
+@contextmanager
+def tls_explained(database_url: str) -> Iterator[None]:
+    """Around what connects. Raises UntrustedError for what was wrong with TLS, as a sentence; all else as it comes."""
+    url = "CREDITS_DATABASE_URL"
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        sentence = mend(error, address=url, authority=f"{url} (sslrootcert=…)")
+        raise UntrustedError(f"PostgreSQL cannot be trusted: {sentence}") from error
+    except (ssl.SSLError, asyncpg.ConnectionDoesNotExistError) as error:
+        # Whether we hear the server's reason or the end of the connection first is chance.
+        if not isinstance(error, ssl.SSLError) and not TLS_ASKED.search(database_url):
+            raise
+        raise UntrustedError(
+            "PostgreSQL ended the connection as it began: if it asks for a client's certificate, name one that its authority "
+            f"signed in {url} (sslcert=…, sslkey=…)"
+        ) from error
+    except FileNotFoundError as error:
+        if "sslrootcert=" not in database_url and "sslcert=" not in database_url:
+            raise
+        raise UntrustedError(
+            f"a file of certificates that {url} names is not there: mend sslrootcert=…, sslcert=… or sslkey=…"
+        ) from error
+    except ConnectionError as error:
+        if "SSL upgrade" not in str(error):
+            raise
+        raise UntrustedError(
+            f"PostgreSQL does not speak TLS, and {url} asks for it (sslmode): turn it on there (`ssl = on`)"
+        ) from error
+
+
+def unverified(database_url: str) -> str | None:
+    """A sentence for a connection behind which anybody could stand; None for one that is verified, or on this machine."""
+    try:
+        host = urlsplit(database_url).hostname or "localhost"
+    except ValueError:
+        return None
+    if is_here(host) or "sslmode=verify-full" in database_url:
+        return None
+    return (
+        "PostgreSQL is on another machine, and nothing proves that it is the right one: whoever is between can read and change "
+        "what is said. Add sslmode=verify-full and sslrootcert=… to CREDITS_DATABASE_URL"
+    )
+
+
 async def open_pool(
     database_url: str,
     *,
@@ -49,14 +106,15 @@ async def open_pool(
     name: str = "credit-workers",
 ) -> asyncpg.Pool[asyncpg.Record]:
     """Connect, and keep up to `size_max` connections. Raises OSError or asyncpg errors when it cannot."""
-    return await asyncpg.create_pool(
-        database_url,
-        min_size=1,
-        max_size=size_max,
-        timeout=CONNECT_SECONDS,
-        command_timeout=STATEMENT_MS / 1000 + 5,
-        server_settings=_session(role, name),
-    )
+    with tls_explained(database_url):
+        return await asyncpg.create_pool(
+            database_url,
+            min_size=1,
+            max_size=size_max,
+            timeout=CONNECT_SECONDS,
+            command_timeout=STATEMENT_MS / 1000 + 5,
+            server_settings=_session(role, name),
+        )
 
 
 async def connect(
@@ -78,12 +136,13 @@ async def connect(
             "tcp_keepalives_count": str(ceil(idle_seconds_max / KEEPALIVE_SECONDS)),
             "tcp_user_timeout": str(int(idle_seconds_max * 1000)),
         }
-    return await asyncpg.connect(
-        database_url,
-        timeout=CONNECT_SECONDS,
-        command_timeout=STATEMENT_MS / 1000 + 5,
-        server_settings=session,
-    )
+    with tls_explained(database_url):
+        return await asyncpg.connect(
+            database_url,
+            timeout=CONNECT_SECONDS,
+            command_timeout=STATEMENT_MS / 1000 + 5,
+            server_settings=session,
+        )
 
 
 async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
@@ -108,4 +167,12 @@ async def answers(pool: asyncpg.Pool[asyncpg.Record]) -> bool:
     return bool(read_only == "off")
 
 
-__all__ = ["Role", "answers", "connect", "open_pool"]
+__all__ = [
+    "Role",
+    "UntrustedError",
+    "answers",
+    "connect",
+    "open_pool",
+    "tls_explained",
+    "unverified",
+]

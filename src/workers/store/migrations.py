@@ -17,10 +17,14 @@ from pathlib import Path
 
 import asyncpg
 
+from workers.store.database import tls_explained
 from workers.store.safety import UnsafeDatabaseError
 
 FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
 REQUIRES = re.compile(r"^-- requires: (\d{4})$", re.MULTILINE)
+_TELLS_WHAT_IT_REQUIRES = (
+    "SELECT true FROM pg_attribute WHERE attrelid = 'public.credits_migrations'::regclass AND attname = 'requires'"
+)
 LOCK_KEY = 0x63726564  # "cred"
 # A migration that waits longer for a table lock would stall every worker behind it: it gives up instead.
 LOCK_TIMEOUT = "5s"
@@ -74,17 +78,21 @@ async def migrate(database_url: str, *, folder: Path | None = None) -> list[str]
         MigrationError: an applied file was changed since, the database is newer than this code, or a file failed.
     """
     migrations = read_migrations(folder)
-    connection = await asyncpg.connect(database_url, timeout=10)
+    with tls_explained(database_url):
+        connection = await asyncpg.connect(database_url, timeout=10)
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS public.credits_migrations (number integer PRIMARY KEY, "
-            "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
-        )
-        await connection.execute(
-            "ALTER TABLE public.credits_migrations ADD COLUMN IF NOT EXISTS requires integer NOT NULL DEFAULT 0"
-        )
-        await connection.execute("GRANT SELECT ON public.credits_migrations TO PUBLIC")
+        # Not IF NOT EXISTS, for which a login that only goes on with what another began would need the right to create.
+        if not await connection.fetchval("SELECT to_regclass('public.credits_migrations')"):
+            await connection.execute(
+                "CREATE TABLE public.credits_migrations (number integer PRIMARY KEY, "
+                "name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(), "
+                "requires integer NOT NULL DEFAULT 0)"
+            )
+        elif not await connection.fetchval(_TELLS_WHAT_IT_REQUIRES):
+            await connection.execute(
+                "ALTER TABLE public.credits_migrations ADD COLUMN requires integer NOT NULL DEFAULT 0"
+            )
         rows = await connection.fetch(
             "SELECT number, name, checksum FROM public.credits_migrations"
         )

@@ -676,13 +676,16 @@ UPDATE patrol SET read_until = $1;
 SELECT name, current_setting(name) AS setting FROM unnest($1::text[]) AS name;
 
 -- name: ask_rights
--- What the role that writes may do to the journal, who logged in, and which guards of the books are off.
+-- What the role that writes may do to the journal, who logged in and may become, and which guards of the books are off.
 SELECT current_user::text AS acts_as,
        array_remove(ARRAY[
            CASE WHEN has_any_column_privilege('entries', 'UPDATE') THEN 'UPDATE' END,
            CASE WHEN has_table_privilege('entries', 'DELETE') THEN 'DELETE' END,
            CASE WHEN has_table_privilege('entries', 'TRUNCATE') THEN 'TRUNCATE' END], NULL) AS rewrites,
+       session_user::text AS logs_in_as,
        coalesce((SELECT rolsuper FROM pg_roles WHERE rolname = session_user), false) AS logs_in_as_superuser,
+       pg_has_role(session_user, (SELECT relowner FROM pg_class WHERE oid = 'entries'::regclass), 'MEMBER') AS may_be_owner,
+       has_parameter_privilege(session_user, 'session_replication_role', 'SET') AS may_put_guards_to_sleep,
        ARRAY(SELECT tgname::text FROM pg_trigger WHERE tgrelid IN ('entries'::regclass, 'accounts'::regclass)
              AND NOT tgisinternal AND tgenabled = 'D' ORDER BY tgname) AS asleep;
 

@@ -96,10 +96,23 @@ async def refuse_unsafe(pool: asyncpg.Pool[asyncpg.Record]) -> list[str]:
             f"The database must not be used as it is set up: {'; '.join(wrong)}."
         )
     known = []
+    login = rights["logs_in_as"]
+    own_login = (
+        "give workers a login of their own that is a member of `credits_worker` and of nothing else"
+    )
     if rights["logs_in_as_superuser"]:
         known.append(
-            "the login is a superuser, who may do anything to the journal, and only `credits audit` would see it: "
-            "give workers a login of their own that is a member of `credits_worker`"
+            f"the login {login} is a superuser, who may do anything to the journal, and only `credits audit` would see it: "
+            f"{own_login}"
+        )
+    elif rights["may_be_owner"]:
+        known.append(
+            f"the login {login} may act as the owner of the journal, who may take its guards away: {own_login}"
+        )
+    elif rights["may_put_guards_to_sleep"]:
+        known.append(
+            f"the login {login} may set `session_replication_role`, under which constraints do not guard the books: "
+            f"`REVOKE SET ON PARAMETER session_replication_role FROM {login}`"
         )
     if rights["asleep"]:
         known.append(

@@ -14,9 +14,11 @@ class UnreachableError(Exception):
 
 
 @contextlib.contextmanager
-def database_reached(url: str) -> Iterator[None]:
-    """Turn what keeps us from using the database at `url` into an UnreachableError."""
+def database_reached(url: str, *, role: str = "credits_worker") -> Iterator[None]:
+    """Turn what keeps us from using the database at `url`, as a login with `role` may, into an UnreachableError."""
     import asyncpg
+
+    from workers.store.database import UntrustedError
 
     where = address_of(url)
     try:
@@ -33,8 +35,10 @@ def database_reached(url: str) -> Iterator[None]:
     except asyncpg.InsufficientPrivilegeError as error:
         raise UnreachableError(
             f"the login in CREDITS_DATABASE_URL may not do this at {where} ({in_short(error)}): "
-            "grant it the role credits_worker, or use another login"
+            f"grant it the role {role}, or use another login"
         ) from error
+    except UntrustedError as error:
+        raise UnreachableError(f"{error} ({where})") from error
     except Exception as error:
         if not (isinstance(error, OSError) or is_about_the_connection(error)):
             raise
@@ -49,8 +53,12 @@ def kafka_reached(bootstrap: str | None) -> Iterator[None]:
     """Turn what keeps us from Kafka into an UnreachableError."""
     from aiokafka.errors import KafkaError
 
+    from workers.kafka import Refused
+
     try:
         yield
+    except Refused as error:
+        raise UnreachableError(str(error)) from error
     except (KafkaError, OSError) as error:
         raise UnreachableError(
             f"Kafka at {bootstrap} cannot be used ({in_short(error)}): start it, or mend "
