@@ -5,16 +5,19 @@ Names are ``CREDITS_<FIELD>`` (interfaces: Environment). Any of them may be give
 """
 
 import os
+import re
 import ssl
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.catalogue_file import CatalogueFile
 from workers.ledger.catalogue import Catalogue, CatalogueError
+from workers.redaction import keep_secret
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
 OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
@@ -29,7 +32,9 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What a process of credit-workers is told by its environment."""
 
-    model_config = SettingsConfigDict(env_prefix="CREDITS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="CREDITS_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     database_url: SecretStr | None = None
     kafka_bootstrap: str | None = None
@@ -84,6 +89,36 @@ class Settings(BaseSettings):
                     raise ValueError(message) from error
         return {name: value for name, value in values.items() if value != ""}
 
+    @field_validator("database_url")
+    @classmethod
+    def _refuse_what_is_no_address(cls, value: SecretStr | None) -> SecretStr | None:
+        # The driver says so only when it connects, and by an exception that is nobody's sentence.
+        try:
+            hosts = urlsplit(value.get_secret_value()).netloc.rpartition("@")[2] if value else ""
+            ports = [re.sub(r"^(\[.*\]|[^:]*):?", "", host) for host in hosts.split(",")]
+            right = all(port.isdecimal() and int(port) < 65_536 for port in ports if port)
+        except ValueError:  # a bracket that is not closed
+            right = False
+        if not right:
+            raise ValueError(
+                "is no address such as postgresql://user:password@host:5432/database"
+                " (what is special in a password must be percent-encoded)"
+            )
+        return value
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Whatever these settings hold is said by no log line from now on."""
+        keep_secret(self.secret_values())
+
+    def secret_values(self) -> frozenset[str]:
+        """Every secret that these settings hold, each by itself; of an address its password."""
+        found: set[str] = set()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                found |= _passwords(value) if name.endswith("_url") else set(_listed(value))
+        return frozenset(found)
+
     @cached_property
     def stack_kind(self) -> Literal["embedded", "external", "containers"]:
         """Where the servers come from: as asked, else external when both addresses are known."""
@@ -136,6 +171,19 @@ def _listed(secret: SecretStr | None) -> tuple[str, ...]:
     if secret is None:
         return ()
     return tuple(part.strip() for part in secret.get_secret_value().split(",") if part.strip())
+
+
+def _passwords(address: SecretStr) -> set[str]:
+    """The passwords in an address, as they stand there and as they are meant."""
+    text = address.get_secret_value()
+    try:
+        parts = urlsplit(text)
+        found = [parts.password or ""]
+    except ValueError:  # no address at all: then the whole of it must not be said
+        return {text}
+    asked = parse_qsl(parts.query)
+    found += [value for name, value in asked if name in {"password", "sslpassword"}]
+    return {form for value in found if value for form in (value, unquote(value))}
 
 
 def load_settings(**overrides: Any) -> Settings:
