@@ -8,6 +8,7 @@ import os
 import re
 import ssl
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -21,6 +22,9 @@ from workers.redaction import keep_secret
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
 OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
+
+# Topics take records of up to 8 MiB.
+RECORD_BYTES_LIMIT = 8 * 1024 * 1024
 
 Secrets = Annotated[SecretStr | None, Field(default=None)]
 
@@ -55,6 +59,12 @@ class Settings(BaseSettings):
     session_key: Secrets
     frame_ancestors: Annotated[str, Field(pattern=r"^[A-Za-z0-9 :/.*\[\]-]*$")] = ""
     traces_file: Path | None = None
+    # Of each token, and of each address without one; ten seconds' worth at once. Each gateway counts for itself.
+    reads_per_second: Annotated[int, Field(ge=1, le=100_000)] = 500
+    commands_per_second: Annotated[int, Field(ge=1, le=100_000)] = 200
+    strangers_per_second: Annotated[int, Field(ge=1, le=100_000)] = 100
+    connections_max: Annotated[int, Field(ge=10, le=100_000)] = 1000
+    trusted_proxies: str = ""
     log_format: Literal["json", "console"] = "json"
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
@@ -66,8 +76,9 @@ class Settings(BaseSettings):
     partitions: Annotated[int, Field(ge=1, le=1000)] = 6
     replication_factor: Annotated[int, Field(ge=1, le=10)] = 1
     batch_records_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
-    record_bytes_max: Annotated[int, Field(ge=1024)] = 1024 * 1024
-    webhook_bytes_max: Annotated[int, Field(ge=1024)] = 512 * 1024
+    record_bytes_max: Annotated[int, Field(ge=1024, le=RECORD_BYTES_LIMIT)] = 1024 * 1024
+    # Stripe's largest events have some 100 KB. This times 200 is what bodies may take of a gateway's memory.
+    webhook_bytes_max: Annotated[int, Field(ge=1024, le=4 * 1024 * 1024)] = 512 * 1024
     parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
     database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
@@ -106,6 +117,16 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _refuse_what_is_no_network(cls, value: str) -> str:
+        for part in filter(None, (part.strip() for part in value.split(","))):
+            try:
+                ip_network(part, strict=False)
+            except ValueError as error:
+                raise ValueError(f"{part!r} is no address or network such as 10.0.0.0/8") from error
+        return value
+
     def model_post_init(self, _context: Any, /) -> None:
         """Whatever these settings hold is said by no log line from now on."""
         keep_secret(self.secret_values())
@@ -135,6 +156,12 @@ class Settings(BaseSettings):
     def reader_tokens(self) -> tuple[str, ...]:
         """Bearer tokens that may read."""
         return _listed(self.read_tokens)
+
+    @cached_property
+    def proxy_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Whose X-Forwarded-For is believed."""
+        listed = (part.strip() for part in self.trusted_proxies.split(","))
+        return tuple(ip_network(part, strict=False) for part in listed if part)
 
     @cached_property
     def administrator_tokens(self) -> tuple[str, ...]:

@@ -137,6 +137,18 @@ WEBHOOK_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
     registry=REGISTRY,
 )
+LIMITED = Counter(
+    "credits_limited_total",
+    "HTTP requests refused because there were too many, by the limit.",
+    ["limit"],
+    registry=REGISTRY,
+)
+CONNECTIONS_REFUSED = Counter(
+    "credits_connections_refused_total",
+    "HTTP connections ended for others or for being too slow, by why.",
+    ["why"],
+    registry=REGISTRY,
+)
 CONSUMER_LAG = Gauge(
     "credits_consumer_lag",
     "Records on the topic that this worker's partitions have not consumed yet.",

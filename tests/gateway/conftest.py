@@ -62,7 +62,8 @@ async def running(
         server = Server(
             create_app(
                 settings, database=database, broker=broker, catalogue=settings.open_catalogue()
-            )
+            ),
+            connections_max=settings.connections_max,
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -10,7 +10,8 @@ import structlog
 from workers.catalogue_file import CatalogueFile, Refused
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
-from workers.serving import BACKLOG, Server
+from workers.gateway.tokens import refuse_guessable
+from workers.serving import BACKLOG, Server, end_unread
 from workers.settings import Settings, SettingsError
 
 log = structlog.get_logger()
@@ -24,14 +25,17 @@ async def serve_gateway(settings: Settings) -> None:
     Starts and stays up without Kafka and PostgreSQL.
 
     Raises:
-        SettingsError: the catalogue cannot be used, an address is missing, or the port that was asked for is taken.
+        SettingsError: the catalogue cannot be used, an address is missing, a token can be guessed, or the port that was
+            asked for is taken.
     """
     catalogue = settings.open_catalogue()
+    for sentence in refuse_guessable(settings):
+        log.warning("token_not_as_it_should_be", what=sentence)
     with listen(settings) as listener:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:
             app = create_app(settings, database=database, broker=broker, catalogue=catalogue)
-            server = Server(app)
+            server = Server(app, connections_max=settings.connections_max)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
@@ -75,6 +79,7 @@ def _bound(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        end_unread(listener)
         listener.bind((host, port))
         listener.listen(
             BACKLOG
