@@ -119,6 +119,7 @@ def test_the_suite_listens(nothing_secret_is_said: Any) -> None:
     ("said", "told"),
     [
         ("postgres://u:c@n@db/x?a=1", "postgres://[secret]@db/x?a=1"),
+        ("https://5f1c07d2@errors.example/1", "https://[secret]@errors.example/1"),
         ("dsn='host=db password=x1y2 user=u'", "dsn='host=db password=[secret] user=u'"),
         ("…?sslpassword=x1y2&b=1", "…?sslpassword=[secret]&b=1"),
         ("Authorization: Basic dXNlcjpwYXNz", "Authorization: [secret]"),
@@ -133,6 +134,7 @@ def test_the_suite_listens(nothing_secret_is_said: Any) -> None:
         # What tells a person what is wrong stays.
         ("password authentication failed for user u", "password authentication failed for user u"),
         ("CREDITS_ADMIN_TOKENS is not set", "CREDITS_ADMIN_TOKENS is not set"),
+        ("such as postgresql://reader@old-host/app", "such as postgresql://reader@old-host/app"),
         ("http://a.b/c and x@y.z", "http://a.b/c and x@y.z"),
         ("idempotency key=k1, token unknown", "idempotency key=k1, token unknown"),
     ],

@@ -33,8 +33,12 @@ _FORMS = (
     (re.compile(r"(?i)\b(?:whsec|sk|rk|pk)_[\w\-+/=]+"), INSTEAD),
     (re.compile(r"(?i)\b(?:bearer|basic)\s+[\w\-.~+/=]{4,}"), INSTEAD),
     (re.compile(r"\bv[01]=[0-9a-fA-F]{32,}"), INSTEAD),
-    # Greedy up to the last @ before the path: a password may hold one that nobody has encoded.
-    (re.compile(r"://[^/\s\"'<>]+@"), f"://{INSTEAD}@"),
+    # Greedy up to the last @ before the path: a password may hold one that nobody has encoded. A login alone is a word; a key
+    # that stands where a login does is none. The example that we give ourselves stays readable.
+    (
+        re.compile(r"://(?!(?:[a-z_]{1,16}|user:password)@[^@\s]*(?:\s|$))[^/\s\"'<>]+@"),
+        f"://{INSTEAD}@",
+    ),
     # What a session's cookie begins with, whatever is said before it.
     (re.compile(r"\beyJ[\w\-]{20,}\.[\w\-]{20,}"), INSTEAD),
     (
