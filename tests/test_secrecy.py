@@ -93,7 +93,7 @@ def test_a_secret_that_is_said_makes_the_run_red(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path, FOLDER: ""},
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=170,
     )  # fmt: skip
 
     assert done.returncode == 1, done.stdout
@@ -284,7 +284,7 @@ def test_nobodys_exception_brings_a_secret_into_the_log(log_format: str) -> None
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), log_format],
         input=json.dumps({**HELD, "database_url": f"postgresql://u:{planted('pass')}@h/d"}).encode(),
-        capture_output=True, check=False, timeout=60,
+        capture_output=True, check=False, timeout=170,
     )  # fmt: skip
 
     said = (done.stdout + done.stderr).decode()

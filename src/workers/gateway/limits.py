@@ -7,9 +7,8 @@ never refused here; memory is bounded. Each process counts for itself: n gateway
 
 import ipaddress
 import math
-import time
 from collections import OrderedDict
-from collections.abc import Callable
+from time import monotonic
 from typing import Literal
 
 from starlette.requests import HTTPConnection, Request
@@ -34,15 +33,14 @@ UNLIMITED = frozenset({"/livez", "/readyz", "/webhooks/stripe"})
 class Buckets:
     """Token buckets in bounded memory: the one that nobody has used for longest is forgotten first, which fills it."""
 
-    def __init__(self, per_second: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_second: float) -> None:
         self.per_second = per_second
         self._full = per_second * BURST_SECONDS
-        self._clock = clock
         self._left: OrderedDict[bytes | str, tuple[float, float]] = OrderedDict()
 
     def wait_seconds(self, whose: bytes | str) -> int:
         """Take one; 0 if there was one, else the seconds after which there will be."""
-        now = self._clock()
+        now = monotonic()
         left, at = self._left.get(whose, (self._full, now))
         left = min(self._full, left + (now - at) * self.per_second)
         allowed = left >= 1
@@ -59,9 +57,7 @@ class Buckets:
 class Limits:
     """The limits of this deployment."""
 
-    def __init__(
-        self, settings: Settings, tokens: Tokens, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, settings: Settings, tokens: Tokens) -> None:
         self._tokens = tokens
         self.addresses = Addresses(settings)
         per_second: dict[Kind, float] = {
@@ -70,7 +66,7 @@ class Limits:
             "strangers": settings.strangers_per_second,
             "bad_signatures": BAD_SIGNATURES_PER_SECOND,
         }
-        self._buckets = {kind: Buckets(number, clock=clock) for kind, number in per_second.items()}
+        self._buckets = {kind: Buckets(number) for kind, number in per_second.items()}
 
     def judge(self, request: HTTPConnection, *, commands: bool) -> None:
         """Count a request. Raises Problem 429 for one too many."""
