@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run env test check format bench chaos clean
+.PHONY: help run env test check format bench chaos audit sbom clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,6 +41,12 @@ bench: $(STAMP) ## Measure this worker beside others (ARGS="--case uniform"); wr
 
 chaos: $(STAMP) ## Break everything around the workers and count losses (ARGS='--faults 1000'); writes reports/chaos.{md,json}
 	@$(BIN)/python -m chaos $(ARGS)
+
+audit: $(STAMP) ## Ask what is known against the packages that are shipped
+	@$(BIN)/python deploy/supply_chain.py audit
+
+sbom: $(STAMP) ## Write what is shipped, with hashes and licences: reports/{sbom.json,licences.md}
+	@$(BIN)/python deploy/supply_chain.py sbom
 
 clean: ## Remove the environment and the embedded servers' state
 	rm -rf $(VENV) .credits reports

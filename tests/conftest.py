@@ -16,8 +16,11 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
+from secrecy import EARS, forbid_password, nothing_secret_is_said, pytest_runtest_makereport
 from workers.embedded import EmbeddedError, EmbeddedStack, Servers
 from workers.embedded.containers import ContainerStack
+
+__all__ = ["nothing_secret_is_said", "pytest_runtest_makereport"]
 
 # Folders whose files wait longest come first, so that test processes that share the files end together.
 LONGEST_FIRST = (
@@ -44,7 +47,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         if kind == "embedded":
             home = tmp_path_factory.mktemp("servers")
             with EmbeddedStack(home, kafka_message_bytes_max=KAFKA_MESSAGE_BYTES_MAX) as stack:
-                yield stack.start()
+                started = stack.start()
+                forbid_password("the database's password", started.database_url)
+                yield started
+            EARS.hear_files(home, "*.log")
             shutil.rmtree(home)
         elif kind == "containers":
             with ContainerStack(kafka_message_bytes_max=KAFKA_MESSAGE_BYTES_MAX) as containers:

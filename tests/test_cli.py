@@ -17,6 +17,7 @@ import pytest
 from tests.ledger.broken_catalogues import BROKEN, Broken
 from tests.store.kit import grant, ledger_over, register
 
+from secrecy import MARK, planted
 from workers import cli
 from workers.embedded import Servers
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
@@ -147,11 +148,11 @@ def test_an_unreachable_database_is_named_without_its_password(
     command: str,
 ) -> None:
     """Exit 2; host and port are told, login and password are not."""
-    url = f"postgresql://somebody:secret@127.0.0.1:{closed_port}/credits"
+    url = f"postgresql://somebody:{planted('closed')}@127.0.0.1:{closed_port}/credits"
     monkeypatch.setenv("CREDITS_DATABASE_URL", url)
     sentence = refused(capsys, *command.split())
     assert f"127.0.0.1:{closed_port}/credits" in sentence
-    assert "secret" not in sentence
+    assert MARK not in sentence
 
 
 def test_an_address_that_is_none_is_told(

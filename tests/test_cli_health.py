@@ -7,6 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from secrecy import MARK, planted
 from workers import cli
 from workers.settings import INBOUND_TOPICS
 
@@ -143,8 +144,10 @@ def test_a_database_that_is_away_exits_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     """One sentence, no traceback, no password."""
-    monkeypatch.setenv("CREDITS_DATABASE_URL", "postgresql://me:secret@127.0.0.1:9/credits")
+    monkeypatch.setenv(
+        "CREDITS_DATABASE_URL", f"postgresql://me:{planted('nobody')}@127.0.0.1:9/credits"
+    )
     assert cli.run(arguments) == 2
     told = capsys.readouterr().err
     assert "PostgreSQL at 127.0.0.1:9/credits cannot be used" in told
-    assert "secret" not in told
+    assert MARK not in told

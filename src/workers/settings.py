@@ -5,24 +5,30 @@ Names are ``CREDITS_<FIELD>`` (interfaces: Environment). Any of them may be give
 """
 
 import os
+import re
 import ssl
 import stat
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from workers.catalogue_file import CatalogueFile
 from workers.ledger.catalogue import Catalogue, CatalogueError
+from workers.redaction import keep_secret
 
 INBOUND_TOPICS = ("stripe.webhook", "generation.events", "booking.events", "account.events")
 OUTBOUND_TOPICS = ("credit.changed", "credit.balance", "credit.rejected", "credit.alert")
 
 # A list of tokens, or an address with several hosts, is far shorter.
 VALUE_BYTES_MAX = 64 * 1024
+# Topics take records of up to 8 MiB.
+RECORD_BYTES_LIMIT = 8 * 1024 * 1024
 
 Secrets = Annotated[SecretStr | None, Field(default=None)]
 
@@ -34,7 +40,9 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What a process of credit-workers is told by its environment."""
 
-    model_config = SettingsConfigDict(env_prefix="CREDITS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="CREDITS_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     database_url: SecretStr | None = None
     kafka_bootstrap: str | None = None
@@ -55,6 +63,12 @@ class Settings(BaseSettings):
     session_key: Secrets
     frame_ancestors: Annotated[str, Field(pattern=r"^[A-Za-z0-9 :/.*\[\]-]*$")] = ""
     traces_file: Path | None = None
+    # Of each token, and of each address without one; ten seconds' worth at once. Each gateway counts for itself.
+    reads_per_second: Annotated[int, Field(ge=1, le=100_000)] = 500
+    commands_per_second: Annotated[int, Field(ge=1, le=100_000)] = 200
+    strangers_per_second: Annotated[int, Field(ge=1, le=100_000)] = 100
+    connections_max: Annotated[int, Field(ge=10, le=100_000)] = 1000
+    trusted_proxies: str = ""
     log_format: Literal["json", "console"] = "json"
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
@@ -68,8 +82,9 @@ class Settings(BaseSettings):
     partitions: Annotated[int, Field(ge=1, le=1000)] = 6
     replication_factor: Annotated[int, Field(ge=1, le=10)] = 1
     batch_records_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
-    record_bytes_max: Annotated[int, Field(ge=1024)] = 1024 * 1024
-    webhook_bytes_max: Annotated[int, Field(ge=1024)] = 512 * 1024
+    record_bytes_max: Annotated[int, Field(ge=1024, le=RECORD_BYTES_LIMIT)] = 1024 * 1024
+    # Stripe's largest events have some 100 KB. This times 200 is what bodies may take of a gateway's memory.
+    webhook_bytes_max: Annotated[int, Field(ge=1024, le=4 * 1024 * 1024)] = 512 * 1024
     parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
     database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
@@ -87,6 +102,46 @@ class Settings(BaseSettings):
                 values[name] = _read_value(Path(path), f"CREDITS_{name.upper()}_FILE")
         return {name: value for name, value in values.items() if value != ""}
 
+    @field_validator("database_url")
+    @classmethod
+    def _refuse_what_is_no_address(cls, value: SecretStr | None) -> SecretStr | None:
+        # The driver says so only when it connects, and by an exception that is nobody's sentence.
+        try:
+            hosts = urlsplit(value.get_secret_value()).netloc.rpartition("@")[2] if value else ""
+            ports = [re.sub(r"^(\[.*\]|[^:]*):?", "", host) for host in hosts.split(",")]
+            right = all(port.isdecimal() and int(port) < 65_536 for port in ports if port)
+        except ValueError:  # a bracket that is not closed
+            right = False
+        if not right:
+            raise ValueError(
+                "is no address such as postgresql://user:password@host:5432/database"
+                " (what is special in a password must be percent-encoded)"
+            )
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _refuse_what_is_no_network(cls, value: str) -> str:
+        for part in filter(None, (part.strip() for part in value.split(","))):
+            try:
+                ip_network(part, strict=False)
+            except ValueError as error:
+                raise ValueError(f"{part!r} is no address or network such as 10.0.0.0/8") from error
+        return value
+
+    def model_post_init(self, _context: Any, /) -> None:
+        """Whatever these settings hold is said by no log line from now on."""
+        keep_secret(self.secret_values())
+
+    def secret_values(self) -> frozenset[str]:
+        """Every secret that these settings hold, each by itself; of an address its password."""
+        found: set[str] = set()
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                found |= _passwords(value) if name.endswith("_url") else set(_listed(value))
+        return frozenset(found)
+
     @cached_property
     def stack_kind(self) -> Literal["embedded", "external", "containers"]:
         """Where the servers come from: as asked, else external when both addresses are known."""
@@ -103,6 +158,12 @@ class Settings(BaseSettings):
     def reader_tokens(self) -> tuple[str, ...]:
         """Bearer tokens that may read."""
         return _listed(self.read_tokens)
+
+    @cached_property
+    def proxy_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Whose X-Forwarded-For is believed."""
+        listed = (part.strip() for part in self.trusted_proxies.split(","))
+        return tuple(ip_network(part, strict=False) for part in listed if part)
 
     @cached_property
     def administrator_tokens(self) -> tuple[str, ...]:
@@ -162,6 +223,19 @@ def _read_value(path: Path, variable: str) -> str:
     if not value:  # would be taken for a setting that was never made
         raise ValueError(f"{variable} is empty: {path}")
     return value
+
+
+def _passwords(address: SecretStr) -> set[str]:
+    """The passwords in an address, as they stand there and as they are meant."""
+    text = address.get_secret_value()
+    try:
+        parts = urlsplit(text)
+        found = [parts.password or ""]
+    except ValueError:  # no address at all: then the whole of it must not be said
+        return {text}
+    asked = parse_qsl(parts.query)
+    found += [value for name, value in asked if name in {"password", "sslpassword"}]
+    return {form for value in found if value for form in (value, unquote(value))}
 
 
 def load_settings(**overrides: Any) -> Settings:

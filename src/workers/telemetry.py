@@ -7,15 +7,19 @@ not even through the text of somebody else's exception; no metric label is an id
 A module logs with ``log = structlog.get_logger()`` and ``log.info("batch_applied", records=12)``.
 """
 
+import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from datetime import datetime
 from enum import Enum
 from pathlib import PurePath
 from traceback import extract_tb
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, TextIO
 from uuid import UUID
 
 import asyncpg
@@ -31,6 +35,8 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+
+from workers.redaction import INSTEAD, names_a_secret, redact
 
 # They double the series and say when a process started, which it says itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -129,6 +135,18 @@ WEBHOOK_SECONDS = Histogram(
     "credits_webhook_seconds",
     "From a webhook's first byte to the answer: Stripe waits for Kafka's acknowledgement.",
     buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+    registry=REGISTRY,
+)
+LIMITED = Counter(
+    "credits_limited_total",
+    "HTTP requests refused because there were too many, by the limit.",
+    ["limit"],
+    registry=REGISTRY,
+)
+CONNECTIONS_REFUSED = Counter(
+    "credits_connections_refused_total",
+    "HTTP connections ended for others or for being too slow, by why.",
+    ["why"],
     registry=REGISTRY,
 )
 CONSUMER_LAG = Gauge(
@@ -280,20 +298,18 @@ _HARMLESS_TEXT = (
 # SQLSTATE classes about connections, privileges, resources and locks; the others quote values.
 _HARMLESS_SQLSTATES = ("08", "25", "28", "3D", "3F", "40", "42", "53", "55", "57", "58")
 
-_SECRETS = (
-    (re.compile(r"(?i)\b(whsec|sk|rk|pk)_\w+"), "[secret]"),
-    (re.compile(r"(?i)\bbearer\s+\S+"), "[secret]"),
-    (re.compile(r"://[^/\s@]+@"), "://[secret]@"),
-    (re.compile(r"[^\s@\"'<>=,;:()\[\]/]+@[^\s@\"'<>=,;:()\[\]/]+\.[A-Za-z]{2,}"), "[email]"),
-)
+_EMAIL = re.compile(r"[^\s@\"'<>=,;:()\[\]/]+@[^\s@\"'<>=,;:()\[\]/]+\.[A-Za-z]{2,}")
 _TEXT_CHARACTERS_MAX = 500
+# So much is looked through before a text is cut: a secret that is cut in two is not recognised any more.
+_SEARCHED_CHARACTERS_MAX = 8 * _TEXT_CHARACTERS_MAX
 _FRAMES_MAX = 20
 
 
 def configure_logging(
     log_format: Literal["json", "console"], *, level: int | str = logging.INFO
 ) -> None:
-    """Send every log line of the process, ours and the libraries', to standard output in one format.
+    """Send every log line of the process, ours and the libraries', to standard output in one format, and what nobody
+    caught as well.
 
     May be called again, to change format or level.
     """
@@ -302,8 +318,7 @@ def configure_logging(
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _describe_exception,
-        _scrub,
+        *NETS,
     ]
     structlog.configure(
         processors=[
@@ -320,7 +335,7 @@ def configure_logging(
         if log_format == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Lines(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[_shorten_foreign, *shared],
@@ -345,6 +360,17 @@ def configure_logging(
         library.setLevel(logging.WARNING)
     # Paths hold account ids and addresses: requests are counted, not logged.
     logging.getLogger("uvicorn.access").disabled = True
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda told: _log_uncaught(told.exc_type, told.exc_value, None)
+    sys.unraisablehook = lambda told: _log_uncaught(told.exc_type, told.exc_value, None)
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException | None, _traceback: TracebackType | None
+) -> None:
+    """Say what nobody caught as everything is said: Python's own words would be the exception's text, whatever it quotes."""
+    log = structlog.get_logger()
+    log.critical("uncaught", exc_info=error if error is not None else kind())
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
@@ -405,21 +431,42 @@ def _scrub(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     """The last net: strings that look like a secret or an address, and strings without end."""
     for name, value in event.items():
         if not name.startswith("_"):  # structlog's own, not rendered
-            event[name] = _clean(value)
+            event[name] = INSTEAD if names_a_secret(name) else _clean(value)
     return event
 
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        text = value[:_TEXT_CHARACTERS_MAX]
-        for pattern, instead in _SECRETS:
-            text = pattern.sub(instead, text)
-        return text
+        return _EMAIL.sub("[email]", redact(value[:_SEARCHED_CHARACTERS_MAX]))[
+            :_TEXT_CHARACTERS_MAX
+        ]
     if isinstance(value, Mapping):
-        return {name: _clean(item) for name, item in value.items()}
+        return {
+            _clean(name): INSTEAD if names_a_secret(str(name)) else _clean(item)
+            for name, item in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [_clean(item) for item in value]
-    return value
+    if value is None or isinstance(value, int | float):
+        return value
+    return _clean(
+        _plain(value)
+    )  # here, not by the renderer: what it makes of a thing is seen by no net
+
+
+# Everything that is said goes through these, whoever says it.
+NETS: tuple[structlog.typing.Processor, ...] = (_describe_exception, _scrub)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Standard output. The library would tell of a line that cannot be written with all that is in it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Say that a line is lost, and whose."""
+        kind = type(sys.exc_info()[1]).__name__
+        lost = {"event": "log_line_lost", "level": "error", "logger": record.name, "type": kind}
+        with suppress(OSError, ValueError):
+            self.stream.write(json.dumps(lost) + "\n")
 
 
 def _plain(value: Any) -> str:

@@ -25,9 +25,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from secrecy import planted
 from workers.messages.record import encode_headers
 
-READER, ADMIN = "reader-token", "admin-token"
+READER, ADMIN = planted("reader"), planted("admin")
 WAIT_SECONDS = 30.0
 LONG = "x" * 120 + "<script>alert(1)</script>"
 

@@ -29,6 +29,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+import secrecy
 import workers
 from workers.embedded import EmbeddedError, EmbeddedStack, Servers, fetch
 from workers.embedded.downloads import cache_folder
@@ -438,6 +439,7 @@ def test_normal_user() -> None:
             "PATH": "/usr/bin:/bin",
             "XDG_CACHE_HOME": str(folder / "cache"),
             "PYTHONPATH": f"{sources}:{packages}",
+            secrecy.FOLDER: "",  # where the tests listen this user may not write
         }
         home = folder / "home"
         as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}

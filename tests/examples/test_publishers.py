@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from tests.system.world import ACCOUNT, World
 
+from secrecy import planted
+
 from .kit import EXAMPLES, Command, Program, node, python, surroundings
 
-ADMIN = "admin-token"
+ADMIN = planted("admin")
 WORLD: dict[str, Any] = {"partitions": 3, "admin_tokens": ADMIN}
 SHELL = EXAMPLES / "publisher-command-line"
 LEGACY = json.loads((EXAMPLES / "legacy" / "replacements.json").read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from stripe import WebhookSignature
 
+from secrecy import hear_response, planted
 from workers.embedded import Servers
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
@@ -23,10 +24,10 @@ from workers.serving import Server
 from workers.settings import Settings
 from workers.topics import ensure_topics
 
-SECRET = "whsec_new"
-OLD_SECRET = "whsec_old"
-READER = "reader-token"
-ADMIN = "admin-token"
+SECRET = planted("new", "whsec_")
+OLD_SECRET = planted("old", "whsec_")
+READER = planted("reader")
+ADMIN = planted("admin")
 NOBODY_LISTENS = "127.0.0.1:9"
 
 
@@ -61,11 +62,16 @@ async def running(
         server = Server(
             create_app(
                 settings, database=database, broker=broker, catalogue=settings.open_catalogue()
-            )
+            ),
+            connections_max=settings.connections_max,
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}",
+                timeout=20,
+                event_hooks={"response": [hear_response]},
+            ) as client:
                 yield client
         finally:
             server.stop()

@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from secrecy import MARK, planted
 from workers import cli
 
 from . import old_books
@@ -119,7 +120,7 @@ def test_what_cannot_be_brought_exits_1_and_is_named(
     [
         (["import", "everything"], "credits-records"),
         (["import", "profiles"], "--source is missing"),
-        (["import", "profiles", "--source", "postgresql://me:secret@127.0.0.1:9/old"], "127.0.0.1:9/old"),
+        (["import", "profiles", "--source", f"postgresql://me:{planted('source')}@127.0.0.1:9/old"], "127.0.0.1:9/old"),
         (["import", "profiles", "--source", "nonsense"], "--source"),
         (["import", "profiles", "--source", "SOURCE"], "profiles (id)"),
         (["import", "profiles", "--source", "SOURCE", "--prefer", "nobody"], "--prefer"),
@@ -137,7 +138,7 @@ def test_wrong_usage_exits_2(
     told = capsys.readouterr().err
     assert told.startswith("credits: ")
     assert hint in told
-    assert "secret" not in told
+    assert MARK not in told
 
 
 def test_what_the_source_refuses_is_told_as_the_sources(

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from stripe import WebhookSignature
 
+from secrecy import planted
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, parse_catalogue
 from workers.ledger.commands import Action, Command, Link
 from workers.messages.inbound import TOPIC_TYPES
 from workers.messages.record import Record, Refused
 from workers.sources import Fetched, Identities, Ignored, Lacking, Sources, Understood, Waiting
 
-SECRET = "whsec_tests"
+SECRET = planted("webhook", "whsec_")
 RECEIVED_AT = datetime(2026, 11, 21, 10, tzinfo=UTC)
 CREATED = 1_795_000_000
 RECORD_BYTES_MAX = 64 * 1024

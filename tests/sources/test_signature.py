@@ -5,11 +5,12 @@ import json
 import pytest
 from stripe import WebhookSignature
 
+from secrecy import planted
 from workers.sources.signature import BadSignature, verify
 
 NOW = 1_795_000_000
-SECRET = "whsec_current"
-OLD_SECRET = "whsec_previous"
+SECRET = planted("current", "whsec_")
+OLD_SECRET = planted("previous", "whsec_")
 BODY = '{"id": "evt_1", "object": "event", "note": "Grüße"}'.encode()
 
 

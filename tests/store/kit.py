@@ -17,6 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from stripe import WebhookSignature
 
+from secrecy import planted
 from workers.batch import Ledger, Report
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, Catalogue, parse_catalogue
 from workers.messages.inbound import TOPIC_TYPES
@@ -24,7 +25,7 @@ from workers.messages.record import Record
 from workers.sources import Sources
 from workers.store.set_aside import Work
 
-SECRET = "whsec_tests"
+SECRET = planted("webhook", "whsec_")
 RECORD_BYTES_MAX = 64 * 1024
 PARKED_SECONDS = 3600
 RECEIVED_AT = datetime(2026, 11, 21, 10, tzinfo=UTC)

@@ -14,12 +14,13 @@ import pytest
 import stripe as sdk
 import structlog
 
+from secrecy import planted
 from workers.batch import Ledger
 from workers.stripe_api import StripeApi, run_fetching
 
-from .kit import ledger_over, link, money, outcomes, stripe
+from .kit import SECRET, ledger_over, link, money, outcomes, stripe
 
-KEY = "sk_test_canary"
+KEY = planted("key", "sk_test_")
 LINES = [f"li_{number}" for number in range(250)]
 
 
@@ -166,7 +167,7 @@ async def test_a_thin_event_is_fetched_and_granted(
     body = {"id": "evt_1", "object": "v2.core.event", "type": "v1.checkout.session.completed",
             "related_object": {"url": "/v1/checkout/sessions/cs_1"}}  # fmt: skip
     text = json.dumps(body)
-    signature = sdk.WebhookSignature.generate_signature_header(text, "whsec_tests").encode()
+    signature = sdk.WebhookSignature.generate_signature_header(text, SECRET).encode()
     record = thin.record.__class__(
         "stripe.webhook", 0, thin.record.offset, None, text.encode(),
         (("stripe-signature", signature),), thin.record.timestamp_at,

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from stripe import WebhookSignature
 
-SECRET = "whsec_current"
+from secrecy import planted
+
+SECRET = planted("current", "whsec_")
 DAY = 86_400
 
 Shape = Literal["before", "after"]

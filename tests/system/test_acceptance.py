@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from secrecy import planted
+
 from . import stripe_events as stripe
 from .world import ACCOUNT, BOOKING, GENERATION, STRIPE, World, attributes, eventually
 
@@ -271,7 +273,7 @@ async def test_a_dead_letter_is_applied_once_when_it_is_replayed_after_the_fix(
     world: World,
 ) -> None:
     """Scenario 15: a webhook under a secret that the worker lacks is `bad_signature`; with it, a replay applies it."""
-    user, new_secret = world.name("u"), "whsec_next"
+    user, new_secret = world.name("u"), planted("next", "whsec_")
     event = stripe.checkout(world.name("evt"), user=user)
     place = await world.forward(event, secret=new_secret)
     await world.dead_letter(place)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 
+from secrecy import planted
 from workers import consumer
 from workers.batch import TooManyRefused
 from workers.store import database
@@ -216,12 +217,12 @@ async def worker_is(worker: InProcess, *, ready: bool) -> bool:
 
 async def test_a_server_without_room_for_another_session_is_waited_for(world: World) -> None:
     """The login may connect no more (53300), as when all connections are taken: later it may, and all is applied."""
-    user, login = world.name("u"), f"tests_{secrets.token_hex(6)}"
+    user, login, password = world.name("u"), f"tests_{secrets.token_hex(6)}", planted("login")
     await world.database.execute(
-        f"CREATE ROLE {login} LOGIN PASSWORD 'tests' IN ROLE credits_worker"
+        f"CREATE ROLE {login} LOGIN PASSWORD '{password}' IN ROLE credits_worker"
     )
     parts = urlsplit(world.environment["CREDITS_DATABASE_URL"])
-    url = urlunsplit(parts._replace(netloc=f"{login}:tests@{parts.hostname}:{parts.port}"))
+    url = urlunsplit(parts._replace(netloc=f"{login}:{password}@{parts.hostname}:{parts.port}"))
     worker = world.start_worker(database_url=url)
     await world.applied(*await world.publish_all(ACCOUNT, gifts(user, 3), partitions=range(3)))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from secrecy import planted
 from workers.messages import envelope
 
 from . import stripe_events as stripe
@@ -38,7 +39,7 @@ GOOD, BAD = 10_000, 1_000
 # Of the bad ones so many are mended by a release that reads their version, by a larger limit, and by a secret that was
 # not configured; and so many by their publisher, who sends the same keys again with right data.
 NEXT_VERSION, LARGE, UNKNOWN_SECRET, WRONG_DATA = 100, 100, 50, 50
-NEXT_SECRET = "whsec_of_tomorrow"
+NEXT_SECRET = planted("of_tomorrow", "whsec_")
 USERS = 100
 
 

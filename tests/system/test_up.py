@@ -22,6 +22,7 @@ import psutil
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from secrecy import planted
 from workers.operations.dead_letters import count_dead
 from workers.settings import load_settings
 from workers.store.database import open_pool
@@ -372,22 +373,24 @@ def test_ports_and_secrets_that_are_set_are_used(own: Callable[..., Up]) -> None
     """A port, tokens and a secret from the environment stand in stack.json and work, and are printed nowhere."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
+    reader, older_reader, admin = (planted(name) for name in ("reader", "older_reader", "admin"))
+    secret = planted("mine", "whsec_")
     up = own(
         CREDITS_HTTP_PORT=str(port),
-        CREDITS_READ_TOKENS="newest-reader,older-reader",
-        CREDITS_ADMIN_TOKENS="an-admin",
-        CREDITS_STRIPE_WEBHOOK_SECRETS="whsec_mine",
+        CREDITS_READ_TOKENS=f"{reader},{older_reader}",
+        CREDITS_ADMIN_TOKENS=admin,
+        CREDITS_STRIPE_WEBHOOK_SECRETS=secret,
     )
     stack = up.until_ready()
     assert stack["http_url"] == f"http://127.0.0.1:{port}"
-    assert stack["read_token"] == "newest-reader"
-    assert stack["admin_token"] == "an-admin"
-    assert stack["stripe_webhook_secret"] == "whsec_mine"
-    headers = {"authorization": "Bearer older-reader"}
+    assert stack["read_token"] == reader
+    assert stack["admin_token"] == admin
+    assert stack["stripe_webhook_secret"] == secret
+    headers = {"authorization": f"Bearer {older_reader}"}
     answer = httpx.get(f"{stack['http_url']}/v1/accounts/user:nobody", headers=headers)
     assert answer.status_code == 404
     password = urlsplit(stack["database_url"]).password or "none"
-    for known in ("newest-reader", "an-admin", "whsec_mine", password):
+    for known in (reader, admin, secret, password):
         assert known not in up.said()
 
 

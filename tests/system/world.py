@@ -32,6 +32,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from structlog._config import BoundLoggerLazyProxy
 
+import secrecy
 from workers.embedded import Servers
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
@@ -46,7 +47,7 @@ from .stripe_events import SECRET, checkout, signature
 Result = TypeVar("Result")
 Headers = Sequence[tuple[str, bytes | None]]
 
-READER = "reader-token"
+READER = secrecy.planted("reader")
 SOURCE = "tests"
 # Far beyond what anything takes here: a deadline is reached by what never happens, not by a slow machine.
 PATIENCE_SECONDS = 90.0
@@ -161,7 +162,8 @@ class Logs:
         ]
 
 
-def _tap(_logger: Any, _method: str, line: dict[str, Any]) -> dict[str, Any]:
+def _tap(logger: Any, method: str, line: dict[str, Any]) -> dict[str, Any]:
+    secrecy.hear_line(logger, method, line)
     logs = _listening.get()
     if logs is not None:
         logs.add(dict(line))

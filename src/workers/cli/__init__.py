@@ -7,13 +7,15 @@ a mistake of ours. A command's parts are imported when it runs, so that ``credit
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
 from typer.exceptions import TyperException
 
 from workers.cli import asking, auditing, books, contract, importing, letters, looking, running
-from workers.cli.shared import OPTIONS, UNUSABLE, WELL
+from workers.cli.shared import OPTIONS, PROBLEMS, UNUSABLE, WELL
+from workers.redaction import redact
 from workers.up.reach import in_short, is_about_the_connection
 
 INTERRUPTED = 130
@@ -27,7 +29,13 @@ for part in (running, books, asking, looking, auditing, letters, importing, cont
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+    except Exception:
+        # Python's own traceback would quote what the exception quotes: an address with its password, or a header.
+        sys.stderr.write(redact(traceback.format_exc()))
+        status = PROBLEMS
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -50,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _refuse(sentence: str) -> int:
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"credits: {sentence}\n")
+        sys.stderr.write(f"credits: {redact(sentence)}\n")
     return UNUSABLE
 
 

@@ -94,7 +94,7 @@ At = Annotated[
 def accounts_router(database: Late[Pool], tokens: Tokens) -> APIRouter:
     """The routes under /v1 that read."""
     router = APIRouter(prefix="/v1", tags=["accounts"], dependencies=[Depends(tokens.reader)])
-    answers = problems.responses(400, 401, 404, 503)
+    answers = problems.responses(400, 401, 404, 429, 503)
 
     @router.get(
         "/accounts/{owner}",

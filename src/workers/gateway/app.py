@@ -16,6 +16,7 @@ from workers.gateway.connections import Broker, Late
 from workers.gateway.console import console_routes
 from workers.gateway.fragment import fragment_router
 from workers.gateway.health import health_router
+from workers.gateway.limits import Limits, limit_requests
 from workers.gateway.organisations import Organisations, organisations_router
 from workers.gateway.tokens import Tokens
 from workers.gateway.webhook import webhook_router
@@ -43,9 +44,10 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    app.include_router(webhook_router(settings, broker))
-    app.include_router(health_router(settings, database, broker))
     tokens = Tokens(settings)
+    limits = Limits(settings, tokens)
+    app.include_router(webhook_router(settings, broker, limits))
+    app.include_router(health_router(settings, database, broker))
     app.include_router(accounts_router(database, tokens))
     commands = Commands(settings, database, catalogue)
     app.include_router(commands_router(database, tokens, commands))
@@ -59,8 +61,10 @@ def create_app(
         commands=commands,
         organisations=organisations,
         catalogue=catalogue,
+        addresses=limits.addresses,
     )
     app.add_middleware(keep_encoded_slashes)
+    app.add_middleware(limit_requests, limits=limits)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -69,7 +69,7 @@ def commands_router(database: Late[Pool], tokens: Tokens, commands: Commands) ->
         summary="What became of an event",
         description="`source`, `type` and idempotency key as published; source `stripe` and the event's id as key "
         "for Stripe's events, source `http` for commands over HTTP.",
-        responses=problems.responses(400, 401, 404, 503),
+        responses=problems.responses(400, 401, 404, 429, 503),
         dependencies=[Depends(tokens.reader)],
     )
     async def command(
@@ -87,7 +87,7 @@ def commands_router(database: Late[Pool], tokens: Tokens, commands: Commands) ->
         description="The data of each type are those of its event. Decided before the answer, also when it was refused: "
         "see `command.state`. The same key with the same content is answered with its first outcome (and the header "
         "`idempotent-replayed`), however often it is sent; after an error or no answer, send it again.",
-        responses=problems.responses(400, 401, 403, 413, 422, 503),
+        responses=problems.responses(400, 401, 403, 408, 413, 422, 429, 503),
         dependencies=[Depends(tokens.admin)],
         openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_KEY]},
     )

@@ -128,7 +128,7 @@ def fragment_router(settings: Settings, database: Late[Pool], tokens: Tokens) ->
         description="With a token: a `<section>` to put into a page of yours. With `expires` and `signature`: a whole page for a "
         "frame; CREDITS_FRAME_ANCESTORS names the origins that may frame it.",
         response_class=HTMLResponse,
-        responses=problems.responses(400, 401, 404, 503)
+        responses=problems.responses(400, 401, 404, 429, 503)
         | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}},
     )
     async def fragment(owner: Owner, whole: Annotated[bool, Depends(whole_page)]) -> HTMLResponse:

@@ -91,7 +91,9 @@ def health_router(settings: Settings, database: Late[Pool], broker: Broker) -> A
 
 
 class Readiness:
-    """The checks of /readyz; the list of topics is asked for at most once a second."""
+    """The checks of /readyz: whoever asks while they run gets their answer, so that many who ask cost what one does. The list
+    of topics is asked for at most once a second.
+    """
 
     def __init__(self, settings: Settings, database: Late[Pool], broker: Broker) -> None:
         self._wanted = frozenset(all_topics(settings))
@@ -99,8 +101,15 @@ class Readiness:
         self._database = database
         self._broker = broker
         self._complete_until = 0.0
+        self._checking: asyncio.Task[ReadinessView] | None = None
 
     async def check(self) -> ReadinessView:
+        """What the checks find that run now, or that begin now."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._check(), name="readiness")
+        return await asyncio.shield(self._checking)
+
+    async def _check(self) -> ReadinessView:
         """Ask both servers at once."""
         missing, idle = await asyncio.gather(
             _asked(self._topics_missing), _asked(self._topics_idle)

@@ -210,7 +210,7 @@ def organisations_router(tokens: Tokens, organisations: Organisations) -> APIRou
         description="A dry run, unless `dry_run` is false; then a `reason` and an `Idempotency-Key` are needed. Of single-member "
         "organisations (mirrors) nothing can be out of step: they show their member's credits. Told, and repaired where one "
         "command does it, is what no command would do.",
-        responses=problems.responses(400, 401, 403, 408, 413, 503),
+        responses=problems.responses(400, 401, 403, 408, 413, 429, 503),
         dependencies=[Depends(tokens.admin)],
         openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_KEY]},
     )

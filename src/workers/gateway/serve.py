@@ -10,8 +10,9 @@ import structlog
 from workers.catalogue_file import CatalogueFile, Refused
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
+from workers.gateway.tokens import refuse_guessable
 from workers.kafka import unprotected
-from workers.serving import BACKLOG, Server
+from workers.serving import BACKLOG, Server, end_unread
 from workers.settings import Settings, SettingsError, kafka_options, require
 from workers.store.database import unverified
 
@@ -26,10 +27,13 @@ async def serve_gateway(settings: Settings) -> None:
     Starts and stays up without Kafka and PostgreSQL.
 
     Raises:
-        SettingsError: the catalogue or the way to Kafka cannot be used, an address is missing, or the port that was asked for is taken.
+        SettingsError: the catalogue or the way to Kafka cannot be used, an address is missing, a token can be guessed, or the
+            port that was asked for is taken.
     """
     catalogue = settings.open_catalogue()
     kafka_options(settings)  # what cannot be used is refused before anything is begun
+    for sentence in refuse_guessable(settings):
+        log.warning("token_not_as_it_should_be", what=sentence)
     if sentence := unprotected(settings):
         log.warning("kafka_not_as_it_should_be", what=sentence)
     if sentence := unverified(require(settings.database_url, "database_url")):
@@ -38,7 +42,7 @@ async def serve_gateway(settings: Settings) -> None:
         host, port = listener.getsockname()[:2]
         async with late_database(settings) as database, Broker(settings) as broker:
             app = create_app(settings, database=database, broker=broker, catalogue=catalogue)
-            server = Server(app)
+            server = Server(app, connections_max=settings.connections_max)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, server.stop)
@@ -82,6 +86,7 @@ def _bound(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        end_unread(listener)
         listener.bind((host, port))
         listener.listen(
             BACKLOG

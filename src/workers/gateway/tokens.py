@@ -6,6 +6,7 @@ tokens nobody passes.
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from workers.gateway.problems import Problem
-from workers.settings import Settings
+from workers.settings import Settings, SettingsError
 
 Role = Literal["reader", "admin"]
 
@@ -22,6 +23,9 @@ _BEARER = HTTPBearer(
     scheme_name="bearer",
     description="A token of CREDITS_READ_TOKENS or CREDITS_ADMIN_TOKENS.",
 )
+# What `openssl rand -hex 16` or any password manager makes is longer. Links for frames are signed with a token's digest, so
+# whoever holds one may guess at the token for as long as he likes.
+CHARACTERS_MIN = 20
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 
 
@@ -63,6 +67,39 @@ class Tokens:
         if known is None:
             raise _unauthorized('Bearer error="invalid_token"', "this token is not known")
         return known[0]
+
+
+def refuse_guessable(settings: Settings) -> list[str]:
+    """What is wrong with tokens and the sessions' key, in sentences, where nobody but this machine can ask.
+
+    Raises:
+        SettingsError: others can ask.
+    """
+    sessions = settings.session_key.get_secret_value() if settings.session_key else ""
+    given = {
+        "CREDITS_READ_TOKENS": settings.reader_tokens,
+        "CREDITS_ADMIN_TOKENS": settings.administrator_tokens,
+        "CREDITS_SESSION_KEY": (sessions,) if sessions else (),
+    }
+    wrong = [
+        f"{name} has one of {min(map(len, values))} characters: it needs at least {CHARACTERS_MIN}, for instance of `openssl rand -hex 24`"
+        for name, values in given.items()
+        if any(len(value) < CHARACTERS_MIN for value in values)
+    ]
+    if set(settings.reader_tokens) & set(settings.administrator_tokens):
+        wrong.append(
+            "a token stands in CREDITS_READ_TOKENS and in CREDITS_ADMIN_TOKENS: whoever may read could command"
+        )
+    if wrong and not _only_here(settings.http_host):
+        raise SettingsError("; ".join(wrong))
+    return wrong
+
+
+def _only_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _unauthorized(challenge: str, detail: str) -> Problem:

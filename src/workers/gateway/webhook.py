@@ -15,6 +15,7 @@ from workers import tracing
 from workers.gateway import problems
 from workers.gateway.bodies import read_body
 from workers.gateway.connections import Away, Broker
+from workers.gateway.limits import Limits
 from workers.gateway.problems import Problem
 from workers.messages.record import TRACEPARENT
 from workers.settings import Settings
@@ -49,7 +50,7 @@ _SIGNATURE = {
 }
 
 
-def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
+def webhook_router(settings: Settings, broker: Broker, limits: Limits) -> APIRouter:
     """The route that Stripe calls."""
     router = APIRouter(tags=["webhook"])
 
@@ -57,7 +58,7 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
         "/webhooks/stripe",
         summary="Accept an event of Stripe",
         description="200 after Kafka has the event. Every other status makes Stripe send it again.",
-        responses=problems.responses(400, 413, 503),
+        responses=problems.responses(400, 408, 413, 429, 503),
         openapi_extra={"requestBody": _REQUEST_BODY, "parameters": [_SIGNATURE]},
     )
     async def accept(request: Request) -> dict[str, bool]:
@@ -66,7 +67,13 @@ def webhook_router(settings: Settings, broker: Broker) -> APIRouter:
             with tracing.receiving(
                 "POST /webhooks/stripe", request.headers.get(TRACEPARENT)
             ) as received:
-                await _forward(request, settings, broker, received)
+                try:
+                    await _forward(request, settings, broker, received)
+                except Problem as problem:
+                    # Only after the signature was looked at: what Stripe signed is never one too many.
+                    if problem.code == "bad_signature":
+                        limits.bad_signature(request)
+                    raise
             status = 200
         except Problem as problem:
             status = problem.status

@@ -25,6 +25,7 @@ from workers.gateway.console.sessions import (
     from_elsewhere,
     over_https,
 )
+from workers.gateway.limits import Addresses
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
 
@@ -41,6 +42,7 @@ class Door:
     pages: Pages
     tokens: Tokens
     patience: Patience
+    addresses: Addresses
 
     def _form(
         self,
@@ -76,7 +78,7 @@ class Door:
             sent = await read_form(request)
             token, name = ((sent.get(field) or [""])[-1].strip() for field in ("token", "name"))
             came_for = (sent.get("next") or [HOME])[-1]
-            address = request.client.host if request.client else ""
+            address = self.addresses.of(request)
             if wait := self.patience.wait_seconds(address):
                 response = self._form(
                     request,

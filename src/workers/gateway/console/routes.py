@@ -16,6 +16,7 @@ from workers.gateway.console.overview import overview_routes
 from workers.gateway.console.pages import Pages, Visit, static
 from workers.gateway.console.sessions import Patience, Sessions
 from workers.gateway.console.syncing import syncing_routes
+from workers.gateway.limits import Addresses
 from workers.gateway.organisations import Organisations
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Tokens
@@ -40,6 +41,7 @@ def console_routes(
     commands: Commands,
     organisations: Organisations,
     catalogue: CatalogueFile,
+    addresses: Addresses,
 ) -> list[BaseRoute]:
     """Every page under /console, and /admin/sync-balance."""
     key = settings.session_key.get_secret_value() if settings.session_key else None
@@ -50,7 +52,7 @@ def console_routes(
 
     return [
         Route("/console/static/{name}", static, methods=["GET"], include_in_schema=False),
-        *entering_routes(Door(pages, tokens, Patience())),
+        *entering_routes(Door(pages, tokens, Patience(), addresses)),
         *overview_routes(pages, settings, database),
         *account_routes(pages, Accounts(database, catalogue, commands)),
         *letter_routes(pages, settings, database),
