@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each starts a PostgreSQL and a Kafka of its own; the tests of one file stay together.
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run env test check format bench chaos clean
+.PHONY: help run env test check docs format bench chaos clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -23,12 +24,17 @@ env: $(STAMP) ## Make .venv and fetch the embedded servers
 test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift
+check: $(STAMP) ## Format check, lint, strict types, import contract, drift of what is generated, links, the site
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m workers schemas --check
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/docs/test_links.py tests/docs/test_blocks.py
+	@$(MKDOCS) --quiet
+
+docs: $(STAMP) ## Build the documentation site into reports/site; a broken link or anchor fails
+	@$(MKDOCS)
 
 format: $(STAMP) ## Format and apply safe fixes
 	@$(BIN)/ruff format .
