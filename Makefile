@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
+# Not --quiet: with it mkdocs does not count warnings, and --strict means nothing.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each starts a PostgreSQL and a Kafka of its own; the tests of one file stay together.
@@ -31,7 +32,7 @@ check: $(STAMP) ## Format check, lint, strict types, import contract, drift of w
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m workers schemas --check
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/docs/test_links.py tests/docs/test_blocks.py
-	@$(MKDOCS) --quiet
+	@mkdir -p reports && { $(MKDOCS) 2> reports/site.log || { cat reports/site.log; exit 1; }; }
 
 docs: $(STAMP) ## Build the documentation site into reports/site; a broken link or anchor fails
 	@$(MKDOCS)

@@ -61,11 +61,10 @@ def _documentation(docs: Path) -> dict[str, str]:
         return {}
     from workers import cli
     from workers.documentation import documentation_files
-    from workers.documentation.pictures import PictureError
 
     try:
         return documentation_files(docs, cli.app)
-    except PictureError as error:
+    except ValueError as error:  # what cannot be drawn, or nobody has put into words
         raise UnusableError(str(error)) from error
 
 

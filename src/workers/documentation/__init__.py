@@ -13,7 +13,9 @@ from workers.documentation.pictures import draw
 
 
 def documentation_files(docs: Path, program: typer.Typer) -> dict[str, str]:
-    """Every generated file's text, by its path under `docs/`. Raises PictureError for a picture that cannot be drawn."""
+    """Every generated file's text, by its path under `docs/`. Raises ValueError, with a sentence for whoever writes them, for a
+    picture that cannot be drawn and for what nobody has put into words.
+    """
     pictures = {
         f"pictures/{path.stem}.svg": draw(path.read_text(encoding="utf-8"), name=path.name)
         for path in sorted((docs / "pictures").glob("*.txt"))

@@ -45,7 +45,7 @@ _BOX = re.compile(r"(\w+)\s+(\S+)\s+(\d+(?:\.5)?),(\d+(?:\.5)?)\s+(.+)")
 _ARROW = re.compile(r"arrow\s+(\S+)\s+(->|~>)\s+(\S+)(?:\s+:\s+(.+))?")
 
 
-class PictureError(Exception):
+class PictureError(ValueError):
     """A picture's text cannot be drawn; the message names the file and the line."""
 
 
