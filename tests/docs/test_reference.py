@@ -1,6 +1,8 @@
 """The reference says what is there: it is made of the code, and where it is made of text, the real thing is asked."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import asyncpg
@@ -9,6 +11,7 @@ import pytest
 from workers import cli
 from workers.documentation import documentation_files, pages
 from workers.settings import Settings
+from workers.store import migrations
 
 from .blocks import ROOT
 
@@ -84,3 +87,37 @@ def test_a_page_that_nobody_makes_any_more_is_found(tmp_path: Path) -> None:
         "reference/new.md is missing: run `credits schemas`",
         "reference/old.md is of nothing any more: remove it",
     ]
+
+
+@pytest.mark.parametrize("name", ["reference/settings.md", "pictures/refund.svg"])
+def test_a_page_that_says_something_else_fails_the_check(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It exits 1 and names the page; writing mends it."""
+    for folder in ("schemas", "docs/reference", "docs/pictures", "deploy/prometheus"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(migrations, "schemas_folder", lambda: tmp_path / "schemas")
+    page = tmp_path / "docs" / name
+    page.write_text(page.read_text(encoding="utf-8").replace("the", "no"), encoding="utf-8")
+
+    status = cli.run(["schemas", "--check", "--json"])
+
+    (told,) = json.loads(capsys.readouterr().out)["differences"]
+    assert (status, told.partition(" ")[0]) == (1, name)
+    assert cli.run(["schemas"]) == 0
+    assert cli.run(["schemas", "--check"]) == 0
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its line, and no traceback."""
+    for folder in ("schemas", "docs/pictures", "deploy/prometheus"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "docs" / "pictures" / "broken.txt").write_text(
+        "title T\nnonsense", encoding="utf-8"
+    )
+    monkeypatch.setattr(migrations, "schemas_folder", lambda: tmp_path / "schemas")
+
+    assert cli.run(["schemas"]) == 2
+    assert "credits: broken.txt:2: neither a box" in capsys.readouterr().err

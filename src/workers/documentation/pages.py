@@ -8,8 +8,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -446,17 +446,18 @@ def _plain(text: str) -> str:
 
 def _setting_type(one: FieldInfo) -> str:
     annotation = one.annotation
-    kinds = [kind for kind in get_args(annotation) if kind is not NoneType] or [annotation]
-    if get_origin(annotation) is Literal:
-        kinds = [annotation]
-    (kind,) = kinds
+    kinds = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else [annotation]
+    least = next((mark.ge for mark in one.metadata if isinstance(mark, Ge)), None)
+    most = next((mark.le for mark in one.metadata if isinstance(mark, Le)), None)
+    told = " or ".join(_kind_told(kind) for kind in kinds if kind is not NoneType)
+    return told + _range(least, most)
+
+
+def _kind_told(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(kind))
     words = {SecretStr: "secret", int: "integer", str: "text", Path: "path", bool: "`true` or `false`", float: "number"}  # fmt: skip
-    told = words[kind]
-    least = next((mark.ge for mark in one.metadata if isinstance(mark, Ge)), None)
-    most = next((mark.le for mark in one.metadata if isinstance(mark, Le)), None)
-    return told + _range(least, most)
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _range(least: Any, most: Any) -> str:
