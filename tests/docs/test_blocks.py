@@ -29,7 +29,7 @@ def fault(block: Block) -> str | None:
     """What is wrong with what a block says about who runs it."""
     if block.language in DATA:
         return None
-    if not block.language and not re.search(
+    if block.language in {"", "text"} and not re.search(
         r"^\s*(\$ |credits |curl |make |docker |kubectl )", block.code, re.MULTILINE
     ):
         return None  # what something says, not what somebody types
@@ -68,6 +68,7 @@ def test_every_block_is_run_or_says_why_not() -> None:
         ("<!-- not run: it is another's -->\nwords\n```sh\ncredits health\n```", "says neither"),
         ("<!-- not run: needs a cluster of its own -->\n```sh\ncredits health\n```", None),
         ("```\nno command\n```", None),
+        ("```text\nStripe ──► gateway\n```", None),
     ],
 )
 def test_a_block_that_nobody_runs_is_found(text: str, told: str | None) -> None:
