@@ -155,9 +155,9 @@ def test_every_variable_that_is_told_is_read() -> None:
     settings = {f"CREDITS_{name.upper()}" for name in Settings.model_fields}
     code = "\n".join(
         path.read_text(encoding="utf-8")
-        for folder in ("src", "tests", "examples", "chaos", "benchmarks")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".sh", ".ts"}
+        for folder in ("src", "tests", "examples", "chaos", "benchmarks", "deploy", ".")
+        for path in ((ROOT / folder).rglob("*") if folder != "." else ROOT.glob("*.yml"))
+        if path.suffix in {".py", ".sh", ".ts", ".yml", ".yaml"}
         and "node_modules" not in path.parts
         and path.parent.name != "docs"
     )
