@@ -4,12 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
 STAMP  := $(VENV)/.installed
+# Not --quiet: with it mkdocs does not count warnings, and --strict means nothing.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each starts a PostgreSQL and a Kafka of its own; the tests of one file stay together.
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run env test check format bench chaos audit sbom clean
+.PHONY: help run env test check docs format bench chaos audit sbom clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -23,7 +25,7 @@ env: $(STAMP) ## Make .venv and fetch the embedded servers
 test: $(STAMP) ## Run every test against real Kafka and PostgreSQL
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## Format check, lint, strict types, import contract, schema drift, manifests
+check: $(STAMP) ## Format check, lint, strict types, import contract, drift of what is generated, manifests, links, the site
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -31,6 +33,11 @@ check: $(STAMP) ## Format check, lint, strict types, import contract, schema dri
 	@$(BIN)/python -m workers schemas --check
 	@$(BIN)/python deploy/generate.py --check
 	@$(BIN)/python -m pytest --quiet --no-header tests/deploy/test_manifests.py
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/docs/test_links.py tests/docs/test_blocks.py
+	@mkdir -p reports && { $(MKDOCS) 2> reports/site.log || { cat reports/site.log; exit 1; }; }
+
+docs: $(STAMP) ## Build the documentation site into reports/site; a broken link or anchor fails
+	@$(MKDOCS)
 
 format: $(STAMP) ## Format and apply safe fixes
 	@$(BIN)/ruff format .

@@ -668,6 +668,7 @@ def _repeat(report: Mapping[str, Any]) -> list[str]:
     return [
         "## To repeat it",
         "",
+        "<!-- not run: it takes minutes on a machine of its own; tests/benchmarks runs the smallest -->",
         "```sh",
         report["about"]["command"],
         "```",

@@ -282,7 +282,8 @@ def _repeat(report: dict[str, Any]) -> list[str]:
     return [
         "## How to repeat it",
         "",
-        "```",
+        "<!-- not run: it takes most of an hour; tests/chaos/test_campaign.py runs a short one -->",
+        "```sh",
         report["command"],
         "```",
         "",

@@ -6,6 +6,7 @@ breaks it is refused until the message has a new version.
 """
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,16 @@ def contract_files() -> dict[str, str]:
     return {name: _render(document) for name, document in documents.items()}
 
 
-def write_contract(folder: Path) -> list[Path]:
-    """Write every generated file under `folder`. Returns the files that changed."""
-    return [
-        folder / name for name, text in contract_files().items() if _written(folder / name, text)
-    ]
+def write_files(folder: Path, files: Mapping[str, str]) -> list[Path]:
+    """Write generated files under `folder`. Returns the files that changed."""
+    return [folder / name for name, text in files.items() if _written(folder / name, text)]
 
 
-def check_contract(folder: Path) -> list[str]:
-    """A sentence for each file that does not say what the code says, and for each promise broken."""
+def drift(folder: Path, files: Mapping[str, str], *made: str) -> list[str]:
+    """A sentence for each file under `folder` that is not as generated, and for each that a pattern of `made` finds and
+    nothing makes any more.
+    """
     differences = []
-    files = contract_files()
     for name, text in files.items():
         path = folder / name
         if not path.is_file():
@@ -57,12 +57,20 @@ def check_contract(folder: Path) -> list[str]:
             differences.append(
                 f"{name} differs from the code: run `credits schemas` and look at the difference"
             )
-    differences += [
-        f"events/{path.name} is of no message any more: remove it"
-        for path in sorted((folder / "events").glob("*.json"))
-        if f"events/{path.name}" not in files
+    found = (path.relative_to(folder).as_posix() for glob in made for path in folder.glob(glob))
+    return differences + [
+        f"{name} is of nothing any more: remove it" for name in sorted(found) if name not in files
     ]
-    return differences + broken_promises(folder)
+
+
+def write_contract(folder: Path) -> list[Path]:
+    """Write the contract's files under `folder`. Returns the files that changed."""
+    return write_files(folder, contract_files())
+
+
+def check_contract(folder: Path) -> list[str]:
+    """A sentence for each file that does not say what the code says, and for each promise broken."""
+    return drift(folder, contract_files(), "events/*.json") + broken_promises(folder)
 
 
 def broken_promises(folder: Path) -> list[str]:

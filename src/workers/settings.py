@@ -40,58 +40,101 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What a process of credit-workers is told by its environment."""
 
+    # The sentence under a field is its description: the settings' reference is made from them.
     model_config = SettingsConfigDict(
-        env_prefix="CREDITS_", frozen=True, extra="ignore", hide_input_in_errors=True
+        env_prefix="CREDITS_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
     )
 
     database_url: SecretStr | None = None
+    """PostgreSQL, as a URL; several hosts may stand in it, separated by commas. `credits migrate` needs its owner."""
     kafka_bootstrap: str | None = None
+    """Kafka's bootstrap servers, `host:port` separated by commas."""
     stack: Literal["embedded", "external", "containers"] | None = None
+    """Where the servers come from. By default `external` when both addresses are set, else `embedded`."""
     home: Path = Path(".credits")
+    """The embedded stack's state, its logs, and `stack.json` while it runs."""
     catalogue: Path | None = None
+    """What is sold and what it costs, as TOML. By default the small built-in catalogue."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,60}$")] = ""
+    """Stands before the name of every topic and consumer group."""
 
     stripe_webhook_secrets: Secrets
+    """Stripe's signing secrets, separated by commas, newest first. Needed by worker and gateway; `credits up` makes one."""
     stripe_api_key: Secrets
+    """A restricted key, to fetch what an event leaves out. Without it such an event waits for a person."""
     stripe_api_url: str | None = None
+    """Where Stripe's API is, if not at Stripe."""
 
     http_host: str = "127.0.0.1"
+    """The address that the gateway listens on."""
     http_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """The gateway's port: by default 8080, or a free one where that is taken."""
     worker_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """Where a worker answers `/livez`, `/readyz` and `/metrics`; nowhere by default."""
     read_tokens: Secrets
+    """Bearer tokens that may read, separated by commas. `credits up` makes one."""
     admin_tokens: Secrets
+    """Bearer tokens that may read and command, separated by commas. `credits up` makes one."""
     session_key: Secrets
+    """Signs the console's sessions; several gateways need the same. By default each process makes one."""
     frame_ancestors: Annotated[str, Field(pattern=r"^[A-Za-z0-9 :/.*\[\]-]*$")] = ""
+    """Origins that may frame an account's fragment, separated by spaces; nobody by default."""
     traces_file: Path | None = None
-    # Of each token, and of each address without one; ten seconds' worth at once. Each gateway counts for itself.
+    """Spans are added to this file, as lines of JSON; none by default. `OTEL_*` variables send them elsewhere."""
     reads_per_second: Annotated[int, Field(ge=1, le=100_000)] = 500
+    """HTTP requests of each token that read; ten seconds' worth at once. Each gateway counts for itself, here and below."""
     commands_per_second: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """HTTP requests of each token that command."""
     strangers_per_second: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """HTTP requests of each address that shows no token."""
     connections_max: Annotated[int, Field(ge=10, le=100_000)] = 1000
+    """HTTP connections of a gateway at once."""
     trusted_proxies: str = ""
+    """Addresses and networks, separated by commas, whose `X-Forwarded-For` is believed; none by default."""
     log_format: Literal["json", "console"] = "json"
+    """Lines of JSON, or lines for people."""
 
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How every client of this process speaks to Kafka."""
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    """How it says who it is, where the protocol is a `SASL_` one."""
     kafka_sasl_username: str | None = None
+    """Its name there."""
     kafka_sasl_password: Secrets
+    """Its password there."""
     kafka_ca_file: Path | None = None
+    """The authority that signed Kafka's certificate (PEM). By default those that the system trusts."""
     kafka_cert_file: Path | None = None
+    """Our own certificate for Kafka (PEM), where it asks for one."""
     kafka_key_file: Path | None = None
+    """The key of that certificate (PEM)."""
 
     partitions: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Partitions of each topic that `credits topics` creates: at most so many workers share one topic."""
     replication_factor: Annotated[int, Field(ge=1, le=10)] = 1
+    """Copies of each partition that `credits topics` creates. In production 3."""
     batch_records_max: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    """Records that one transaction applies at most."""
     record_bytes_max: Annotated[int, Field(ge=1024, le=RECORD_BYTES_LIMIT)] = 1024 * 1024
+    """A larger record is a dead letter (`too_large`)."""
     # Stripe's largest events have some 100 KB. This times 200 is what bodies may take of a gateway's memory.
     webhook_bytes_max: Annotated[int, Field(ge=1024, le=4 * 1024 * 1024)] = 512 * 1024
+    """A larger webhook is answered 413."""
     parked_deadline_seconds: Annotated[int, Field(ge=1)] = 7 * 86400
+    """A message that waits for longer becomes a dead letter (`unresolved`)."""
     database_pool_max: Annotated[int, Field(ge=2, le=100)] = 10
+    """Connections to PostgreSQL that one process opens at most."""
     max_poll_interval_ms: Annotated[int, Field(ge=1000)] = 300_000
+    """Kafka takes the partitions from a worker that does not ask for records for so long."""
     # About half a gigabyte of messages, and a minute's work of several workers.
     outbox_records_max: Annotated[int, Field(ge=10)] = 500_000
-    # Whoever reads this replication slot publishes the outbox in the relay's place (deploy/debezium).
+    """With so many messages unpublished no records are taken, until half of them are gone."""
     outbox_slot: Annotated[str | None, Field(pattern=r"^[a-z0-9_]{1,63}$")] = None
+    """The replication slot whose reader, such as Debezium, publishes the outbox in the relay's place. By default the relay does."""
 
     @model_validator(mode="before")
     @classmethod

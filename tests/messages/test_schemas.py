@@ -84,7 +84,7 @@ def test_a_contract_that_drifted_is_found(tmp_path: Path) -> None:
     assert told == {
         "events/booking.requested.json differs from the code",
         "events/user.created.json is missing",
-        "events/user.renamed.json is of no message any more",
+        "events/user.renamed.json is of nothing any more",
         "catalogue.schema.json differs from the code",
         "asyncapi.json differs from the code",
         "openapi.json differs from the code",

@@ -179,7 +179,7 @@ async def test_nobody_whom_messages_wait_for(world: World) -> None:
     """Somebody paid under an id that is not linked: that is what to mend."""
     await world.apply(pack("cs_1", "cus_lost"))
     answer = await world.problem("exists", "cus_lost")
-    assert "1 messages wait for this id" in answer.message
+    assert "1 message waits for this id" in answer.message
     assert "user.linked" in str(answer.next)
 
 

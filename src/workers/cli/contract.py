@@ -30,24 +30,42 @@ def schemas(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Write schemas/ from the code: JSON Schemas, AsyncAPI, OpenAPI."""
+    """Write schemas/ from the code: JSON Schemas, AsyncAPI, OpenAPI; in a checkout also docs/: reference and pictures."""
     from workers import contract
     from workers.store.migrations import schemas_folder
 
     folder = schemas_folder()
+    docs, pages = folder.parent / "docs", _documentation(folder.parent / "docs")
     if not check:
         contract.write_contract(folder)
+        contract.write_files(docs, pages)
         broken = contract.release(folder) if release else []
         told = "\n".join([f"Written to {folder}.", *broken])
         tell({"written": str(folder), "differences": broken}, as_json, told)
         return PROBLEMS if broken else WELL
     differences = contract.check_contract(folder)
+    if pages:
+        differences += contract.drift(docs, pages, "reference/*", "pictures/*.svg")
     tell(
         {"differences": differences},
         as_json,
-        "\n".join(differences) or "schemas/ is what the code says, and every promise is kept.",
+        "\n".join(differences)
+        or "What is made from the code says what the code says, and every promise is kept.",
     )
     return PROBLEMS if differences else WELL
+
+
+def _documentation(docs: Path) -> dict[str, str]:
+    """What is made under docs/; nothing where there is none, which is everywhere but in a checkout."""
+    if not docs.is_dir():
+        return {}
+    from workers import cli
+    from workers.documentation import documentation_files
+
+    try:
+        return documentation_files(docs, cli.app)
+    except ValueError as error:  # what cannot be drawn, or nobody has put into words
+        raise UnusableError(str(error)) from error
 
 
 @catalogue.command("check")

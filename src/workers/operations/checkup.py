@@ -210,7 +210,7 @@ def _nobody(asked: str, owner: str, waiting: asyncpg.Record | None) -> Checkup:
     next_ = "mind the spelling; is user.created published for this person? credits dead list"
     told = f"nobody called {asked} was ever seen"
     if waiting and messages:
-        told += f", and {messages:,} messages wait for this id since {_minute(waiting['since'])}"
+        told += f", and {messages:,} {'message waits' if messages == 1 else 'messages wait'} for this id since {_minute(waiting['since'])}"
         next_ = "publish user.linked for this id: the messages are applied within seconds"
     answers = [Answer(name="exists", state="problem", message=told, next=next_)]
     rest = [

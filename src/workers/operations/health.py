@@ -351,7 +351,7 @@ async def _paid_without_credits(asking: _Asking) -> Check:
                 Finding(state=state, account_id=account, subject="account", message=about)
             )
     all_judged = len(rows) < EMPTY_MAX
-    message = f"{len(critical):,} paid accounts have no credits and did not spend them"
+    message = f"{_many(len(critical), 'paid account has', 'paid accounts have')} no credits and did not spend them"
     if not critical:
         message = "no paid account lacks credits that it should have"
     if len(rows) > len(critical):
@@ -450,11 +450,12 @@ async def _integrity(asking: _Asking) -> Check:
         for row in rows
         if row["field"] is not None
     ]
-    whose = f"{accounts:,} accounts that changed in the last hour"
+    whose = f"{_many(accounts, 'account', 'accounts')} that changed in the last hour"
     if rows[0]["entries"] == CHANGES_MAX:
-        whose = f"{accounts:,} accounts of the last {CHANGES_MAX:,} changes"
+        whose = f"{_many(accounts, 'account', 'accounts')} of the last {CHANGES_MAX:,} changes"
     wrong = len({finding.account_id for finding in findings})
-    message = f"{wrong:,} of {whose} do not add up" if wrong else f"{whose} add up"
+    does, adds = ("does", "adds") if (wrong or accounts) == 1 else ("do", "add")
+    message = f"{wrong:,} of {whose} {does} not add up" if wrong else f"{whose} {adds} up"
     return _check(
         "integrity", message, findings, "credits audit --account ACCOUNT; then credits audit"
     )
@@ -478,7 +479,7 @@ async def _late(asking: _Asking) -> Check:
     ]
     message = "time has done its work"
     if rows:
-        message = f"{_at_least(len(rows))}{len(rows):,} holds, lots or months are late"
+        message = f"{_at_least(len(rows))}{_many(len(rows), 'hold, lot or month is', 'holds, lots or months are')} late"
     return _check("late", message, findings, "look after the workers; credits expire does it now")
 
 
@@ -493,7 +494,7 @@ async def _unmapped_ids(asking: _Asking) -> Check:
     if unmapped:
         ids = len({(row["provider"], row["waits_for"]) for row in unmapped})
         oldest = _since(asking.now - unmapped[0]["parked_at"])
-        message = f"{_at_least(len(rows))}{len(unmapped):,} messages wait for {ids:,} unmapped ids, the oldest for {oldest}"
+        message = f"{_at_least(len(rows))}{_many(len(unmapped), 'message waits', 'messages wait')} for {_many(ids, 'unmapped id', 'unmapped ids')}, the oldest for {oldest}"
     check = _check(
         "unmapped_ids",
         message,
@@ -506,7 +507,7 @@ async def _unmapped_ids(asking: _Asking) -> Check:
 async def _parked(asking: _Asking) -> Check:
     rows = await asking.connection.fetch(PARKED, ROWS_MAX)
     late = [row for row in rows if row["past_half"]]
-    message = f"{_at_least(len(rows))}{len(rows):,} messages are parked"
+    message = f"{_at_least(len(rows))}{_many(len(rows), 'message is', 'messages are')} parked"
     message += f", {len(late):,} past half of their deadline" if late else ""
     if not rows:
         message = "no message is parked"
@@ -540,7 +541,7 @@ async def _outbox(asking: _Asking) -> Check:
     age = _age(oldest["id"], asking.now)
     told = "of unknown age" if age is None else f"{_since(age)} old"
     more = "at least " if depth == OUTBOX_ROWS_MAX else ""
-    message = f"{more}{depth:,} messages wait to be published, the oldest is {told}"
+    message = f"{more}{_many(depth, 'message waits', 'messages wait')} to be published, the oldest is {told}"
     findings = []
     if age is None or age.total_seconds() > OUTBOX_SECONDS_MAX or depth == OUTBOX_ROWS_MAX:
         about = oldest["aggregateid"]
@@ -677,7 +678,7 @@ def judge_lag(found: Mapping[str, int | None], next_: str = "") -> Check:
             state="warning",
             account_id=None,
             subject=topic,
-            message=f"{topic} is {behind:,} records behind",
+            message=f"{topic} is {_many(behind, 'record', 'records')} behind",
         )
         for topic, behind in found.items()
         if behind is not None and behind > LAG_RECORDS_MAX
@@ -703,6 +704,11 @@ def _verdict(checks: Iterable[Check]) -> str:
     ]
     unknown = f" (unknown: {', '.join(by_state['unknown'])})" if "unknown" in by_state else ""
     return f"{'; '.join(parts) if parts else 'All is well'}{unknown}."
+
+
+def _many(number: int, one: str, several: str) -> str:
+    """A number and what there is so many of."""
+    return f"{number:,} {one if number == 1 else several}"
 
 
 def _at_least(rows: int) -> str:
