@@ -296,10 +296,14 @@ async def test_the_connector_reads_what_the_outbox_has(deployment: Deployment) -
 
     fixed = {
         CONNECTOR[f"transforms.{name}.header"]: CONNECTOR[f"transforms.{name}.value.literal"]
-        for name in ("specversion", "source", "contenttype")
+        for name in ("source", "contenttype")
     }
+    # By way of a field: a literal 1.0 would be taken for a number, and sent as 1.
+    fixed[CONNECTOR["transforms.specversion.headers"]] = CONNECTOR[
+        "transforms.specversionfield.static.value"
+    ]
     assert fixed == {
-        "ce_specversion": '"1.0"',  # in quotes, or Connect takes it for a number and sends 1
+        "ce_specversion": "1.0",
         "ce_source": SOURCE,
         "content-type": "application/json",
     }
