@@ -3,7 +3,7 @@
 `python -m benchmarks.capacity` measures one worker process and two in turn on the same cases, and prints what
 `docs/capacity.md` quotes, as JSON. Bytes do not depend on who else uses the machine, processor time hardly, speed does.
 
-`--partitioned` measures once more with the journal in hash partitions by account.
+`--repeat 0` measures disk alone. `--partitioned` measures once more with the journal in hash partitions by account.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,30 +72,41 @@ def on_disk(folder: Path) -> int:
 
 async def one(
     stage: Stage, work: Workload, subject: str, partitions: int | None
-) -> tuple[Measured, dict[str, Any]]:
-    """One run on a database of its own, and what grew."""
+) -> dict[str, float]:
+    """One run on a database of its own."""
     name = await prepare(stage.servers.database_url, work)
     url = at(stage.servers.database_url, name)
-    async with connected(url) as database:
-        if partitions:
+    if partitions:
+        async with connected(url) as database:
             await database.execute(PARTITION.format(count=partitions))
-        before = await sizes(database)
     kafka_before = on_disk(stage.home / "kafka" / "data")
     measured = await measure(
         stage, work, Place(name, shared=True), subject, Variant(), say=lambda _: None
     )
-    async with connected(url) as database:
-        after = await sizes(database)
-    grown = {
-        table: {
-            "rows": rows - before.get(table, (0, 0))[0],
-            "bytes": size - before.get(table, (0, 0))[1],
-        }
-        for table, (rows, size) in after.items()
-    }
     events = len(work.warm_up) + len(work.timed)
     kafka = (on_disk(stage.home / "kafka" / "data") - kafka_before) / events
-    return measured, {"events": events, "tables": grown, "kafka_bytes": round(kafka)}
+    return {**told(measured), "kafka_bytes": round(kafka)}
+
+
+async def grown(stage: Stage, work: Workload) -> dict[str, Any]:
+    """What the timed events leave on disk, table by table: two databases, one with them and one without."""
+    found = []
+    for name, events in ("without", work.before), ("with", [*work.before, *work.timed]):
+        made = replace(work, database=f"{work.name}_{name}", before=events)
+        url = at(stage.servers.database_url, await prepare(stage.servers.database_url, made))
+        async with connected(url) as database:
+            found.append(await sizes(database))
+    without, with_them = found
+    tables = {
+        table: {"rows": rows - without[table][0], "bytes": size - without[table][1]}
+        for table, (rows, size) in with_them.items()
+        if rows > without[table][0]
+    }
+    return {
+        "events": len(work.timed),
+        "bytes": sum(table["bytes"] for table in tables.values()),
+        "tables": tables,
+    }
 
 
 def told(measured: Measured) -> dict[str, float]:
@@ -115,17 +127,19 @@ async def run(stage: Stage, options: argparse.Namespace) -> dict[str, Any]:
     """Every case, the subjects in turn."""
     runs: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     disk: dict[str, Any] = {}
+    for case in options.case:
+        work = workload(cast("CaseName", case), options.events, stage.partitions)
+        disk[case] = await grown(stage, work)
+        print(case, disk[case], file=sys.stderr)
     for _ in range(options.repeat):
         for case in options.case:
             work = workload(cast("CaseName", case), options.events, stage.partitions)
             for subject in SUBJECTS if case == "uniform" else SUBJECTS[:1]:
-                measured, grown = await one(stage, work, subject, None)
-                runs[f"{case} {subject}"].append(told(measured))
-                disk.setdefault(case, grown)
+                runs[f"{case} {subject}"].append(await one(stage, work, subject, None))
                 print(case, subject, runs[f"{case} {subject}"][-1], file=sys.stderr)
             if options.partitioned and case == "uniform":
-                measured, _ = await one(stage, work, "worker", options.partitioned)
-                runs[f"{case} partitioned"].append(told(measured))
+                made = await one(stage, work, "worker", options.partitioned)
+                runs[f"{case} partitioned"].append(made)
                 print(case, "partitioned", runs[f"{case} partitioned"][-1], file=sys.stderr)
     return {
         "commit": machine.commit(),

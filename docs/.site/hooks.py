@@ -24,8 +24,6 @@ AT_THE_ROOT = {
     "SECURITY.md": "security-policy.md",
     "README.md": "index.md",  # the start page says the same, longer
 }
-# Pages that others are writing: left out of the navigation until they are here.
-ON_THEIR_WAY = frozenset({"deployment.md", "security.md", "capacity.md", "security-policy.md"})
 COPIES = "files"
 LEFT_OUT = frozenset({"node_modules", "package-lock.json", "__pycache__", "dist"})
 
@@ -34,7 +32,7 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill in the lists of the navigation, and leave out what is not written yet."""
+    """Fill in the lists of the navigation."""
     config.nav = _filled(config.nav)
     return config
 
@@ -97,10 +95,7 @@ def _filled(nav: Any) -> Any:
         if not found:
             raise PluginError(f"the navigation's {nav} finds no page")
         return found
-    there = (DOCS / nav).is_file() or any(
-        page == nav and (ROOT / name).is_file() for name, page in AT_THE_ROOT.items()
-    )
-    return None if nav in ON_THEIR_WAY and not there else nav
+    return nav
 
 
 def _source(file: File) -> Path:

@@ -26,7 +26,7 @@ Kind = Literal["reads", "commands", "strangers", "bad_signatures"]
 BURST_SECONDS = 10
 BUCKETS_MAX = 10_000
 # Whoever guesses signatures has no need of many guesses; Stripe itself makes none.
-BAD_SIGNATURES_PER_SECOND = 2
+BAD_SIGNATURES_PER_SECOND = 20
 UNLIMITED = frozenset({"/livez", "/readyz", "/webhooks/stripe"})
 
 

@@ -32,8 +32,8 @@ async def serve_gateway(settings: Settings) -> None:
     """
     catalogue = settings.open_catalogue()
     kafka_options(settings)  # what cannot be used is refused before anything is begun
-    for sentence in refuse_guessable(settings):
-        log.warning("token_not_as_it_should_be", what=sentence)
+    for guessable in refuse_guessable(settings):
+        log.warning("token_not_as_it_should_be", what=guessable)
     if sentence := unprotected(settings):
         log.warning("kafka_not_as_it_should_be", what=sentence)
     if sentence := unverified(require(settings.database_url, "database_url")):

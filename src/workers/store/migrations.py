@@ -22,9 +22,7 @@ from workers.store.safety import UnsafeDatabaseError
 
 FILE_NAME = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
 REQUIRES = re.compile(r"^-- requires: (\d{4})$", re.MULTILINE)
-_TELLS_WHAT_IT_REQUIRES = (
-    "SELECT true FROM pg_attribute WHERE attrelid = 'public.credits_migrations'::regclass AND attname = 'requires'"
-)
+_TELLS_WHAT_IT_REQUIRES = "SELECT true FROM pg_attribute WHERE attrelid = 'public.credits_migrations'::regclass AND attname = 'requires'"
 LOCK_KEY = 0x63726564  # "cred"
 # A migration that waits longer for a table lock would stall every worker behind it: it gives up instead.
 LOCK_TIMEOUT = "5s"
