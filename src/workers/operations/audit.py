@@ -7,7 +7,6 @@ told with who and why: it stays a finding, and is no news.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +20,7 @@ import asyncpg
 import orjson
 
 from workers.ledger.model import Entry, Kind, LotMove
+from workers.store.sql import read_blocks
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # a string: only the stubs know it as generic
 Connection: TypeAlias = (
@@ -47,10 +47,6 @@ SELECT f.account_id::text, f.subject, f.id::text, f.field, f.stored, f.expected,
 FROM ({query}) AS f (account_id, subject, id, field, stored, expected)
 ORDER BY f.account_id::text COLLATE "C", f.subject, length(f.id::text), f.id::text COLLATE "C", f.field LIMIT {limit}
 """
-_BLOCK = re.compile(
-    r"^-- name: (\w+)\n(?:-- checks: ([\w, ]+)\n)?((?:-- [^\n]*\n)+)(.*?)(?=^-- (?:name: |-- )|\Z)",
-    re.MULTILINE | re.DOTALL,
-)
 HASHES = "hashes_are_contents"
 _KINDS = list(get_args(Kind))
 _READ = {item.name for item in fields(Entry) if item.init} - {"moves", "cause"}
@@ -141,13 +137,14 @@ class Audit:
 
 
 def _read() -> dict[str, Invariant]:
-    text = Path(__file__).with_name("audit.sql").read_text(encoding="utf-8")
-    blocks = {}
-    for name, checks, comment, query in _BLOCK.findall(text):
-        sentence = " ".join(line.removeprefix("-- ") for line in comment.splitlines())
-        counted = tuple(checks.split(", ")) if checks else ()
-        blocks[name] = Invariant(name, sentence, counted, query.strip().rstrip(";"))
-    return blocks
+    invariants = {}
+    for name, block in read_blocks(Path(__file__).with_name("audit.sql")).items():
+        head, *rest = block.lines
+        counts = head.startswith("checks: ")
+        checks = tuple(head.removeprefix("checks: ").split(", ")) if counts else ()
+        sentence = " ".join(rest if counts else block.lines)
+        invariants[name] = Invariant(name, sentence, checks, block.statement)
+    return invariants
 
 
 _BLOCKS = _read()

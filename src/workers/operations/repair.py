@@ -8,8 +8,7 @@ reason; the journal itself is never touched. What cannot be repaired is left as 
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +39,7 @@ from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
 from workers.store.load import OwnersChanged, load
 from workers.store.record import record_execution, record_publications
+from workers.store.sql import read_statements
 
 How: TypeAlias = Literal["journal", "mapping", "period", "mirror", "wake"]
 
@@ -88,12 +88,7 @@ REASON_CHARACTERS_MAX = 1000
 FINDINGS_TOLD_MAX = 5
 TYPE = "audit.repaired"
 
-_BLOCK = re.compile(
-    r"^-- name: (\w+)\n(?:-- [^\n]*\n)+(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL
-)
-_STATEMENTS: Mapping[str, str] = dict(
-    _BLOCK.findall(Path(__file__).with_name("repair.sql").read_text(encoding="utf-8"))
-)
+_STATEMENTS = read_statements(Path(__file__).with_name("repair.sql"))
 _FAMILY = """
 WITH RECURSIVE family (account_id, steps) AS (
     SELECT $1::text COLLATE "C", 0
