@@ -20,12 +20,10 @@ import asyncpg
 import orjson
 
 from workers.ledger.model import Entry, Kind, LotMove
+from workers.store.load import Connection
+from workers.store.reads import Pool
 from workers.store.sql import read_blocks
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # a string: only the stubs know it as generic
-Connection: TypeAlias = (
-    "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
-)
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 # What one question may take. A million entries take seconds; an hour is a database in trouble.
@@ -183,9 +181,7 @@ async def examine(
     """
     started = time.perf_counter()
     await connection.execute(_SET, list(_SESSION), list(_SESSION.values()))
-    wanted = list(accounts) if accounts is not None else None
-    if wanted is not None:
-        wanted = [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, wanted)]
+    wanted = None if accounts is None else await family_of(connection, accounts)
     known = await _acknowledgements(connection)
     counts: dict[str, int] = {}
     if only is None:
@@ -213,6 +209,11 @@ async def examine(
         verdicts=verdicts,
         seconds=time.perf_counter() - started,
     )
+
+
+async def family_of(connection: Connection, accounts: Sequence[str]) -> list[str]:
+    """These accounts, and those that were merged into them."""
+    return [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, list(accounts))]
 
 
 async def _acknowledgements(connection: Connection) -> dict[str, dict[bytes, Acknowledgement]]:
