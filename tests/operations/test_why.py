@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -42,6 +43,7 @@ from workers.store import reads
 from workers.store.database import open_pool
 from workers.store.reads import MalformedOwner, Pool
 from workers.store.record import record_execution
+from workers.store.sql import read_blocks
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 MONTH = timedelta(days=30)
@@ -927,6 +929,14 @@ async def test_an_explanation_is_of_one_moment_whatever_happens_meanwhile(
     adds_up(why)
     monkeypatch.undo()
     assert (await told(pool, "ada")).version == 3
+
+
+def test_every_question_about_the_journal_is_asked() -> None:
+    """A query that nobody asks is removed, and a name that is misspelt is found without a database."""
+    source = Path(journal.__file__)
+    asked = re.findall(r'_STATEMENTS\["(\w+)"\]', source.read_text(encoding="utf-8"))
+
+    assert read_blocks(source.with_name("journal.sql")).keys() == set(asked)
 
 
 # -- what does not add up ----------------------------------------------------------------------------------------
