@@ -10,8 +10,9 @@ import pytest
 
 from workers.messages.record import encode_headers
 from workers.operations import dead_letters
-from workers.operations.dead_letters import Pool, discard, list_dead, replay, replay_slowly, show
+from workers.operations.dead_letters import discard, list_dead, replay, replay_slowly, show
 from workers.store.database import open_pool
+from workers.store.reads import Pool
 
 POISON = b'{"generation_id": \xff'
 HEADERS = (("ce_type", b"generation.requested"), ("empty", None))

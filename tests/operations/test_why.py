@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -36,12 +37,13 @@ from tests.store.kit import (
 from workers.batch import Ledger
 from workers.ledger.catalogue import Catalogue
 from workers.ledger.commands import Cause, Command, ImportCredits, ImportedEntry
-from workers.operations import why as module
-from workers.operations.why import LotSums, StillToCome, Why, explain, render
+from workers.operations.why import LotSums, StillToCome, Why, explain, journal, render
+from workers.operations.why.text import TEXT_CHARACTERS_MAX
 from workers.store import reads
 from workers.store.database import open_pool
 from workers.store.reads import MalformedOwner, Pool
 from workers.store.record import record_execution
+from workers.store.sql import read_blocks
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 MONTH = timedelta(days=30)
@@ -847,10 +849,10 @@ async def test_any_history_adds_up_now_and_at_every_moment_of_it(
     seed = seed or random.SystemRandom().randrange(10**9)
     print(f"seed {seed}")  # noqa: T201 - a failure shows what makes it again
     random_ = random.Random(seed)
-    monkeypatch.setattr(module, "LOTS_OPEN_MAX", random_.choice([1, 3, 100]))
-    monkeypatch.setattr(module, "LOTS_USED_UP_MAX", random_.choice([1, 3, 100]))
-    monkeypatch.setattr(module, "SPENT_ON_MAX", random_.choice([1, 3, 100]))
-    monkeypatch.setattr(module, "HOLDS_MAX", random_.choice([1, 3, 100]))
+    monkeypatch.setattr(journal, "LOTS_OPEN_MAX", random_.choice([1, 3, 100]))
+    monkeypatch.setattr(journal, "LOTS_USED_UP_MAX", random_.choice([1, 3, 100]))
+    monkeypatch.setattr(journal, "SPENT_ON_MAX", random_.choice([1, 3, 100]))
+    monkeypatch.setattr(journal, "HOLDS_MAX", random_.choice([1, 3, 100]))
     await ledger.apply([register(person) for person in PEOPLE])
     await ledger.apply([grant(person, 60) for person in PEOPLE])
     known = {name: [f"{name}none"] for name in ("g", "b", "cs_")}
@@ -888,7 +890,7 @@ async def test_any_history_adds_up_now_and_at_every_moment_of_it(
         assert why.balance == account.balance
         to_be_spent = [lot.lot_id for lot in account.lots]
         assert [lot.lot_id for lot in why.lots.listed if lot.state != "used_up"] == to_be_spent[
-            : module.LOTS_OPEN_MAX
+            : journal.LOTS_OPEN_MAX
         ]
         for moment, told_then in moments:
             past = await told(pool, person, moment)
@@ -913,13 +915,13 @@ async def test_an_explanation_is_of_one_moment_whatever_happens_meanwhile(
 ) -> None:
     """What commits between two of its statements is in none of them."""
     await ledger.apply([register("ada"), grant("ada", 50)])
-    look_at_lots = module._lots
+    read_lots = journal._read_lots
 
-    async def meanwhile(scope: Any) -> Any:
+    async def meanwhile(*scope: Any) -> Any:
         await ledger.apply([grant("ada", 5), complete("g1", "ada", kind="x", credits=20)])
-        return await look_at_lots(scope)
+        return await read_lots(*scope)
 
-    monkeypatch.setattr(module, "_lots", meanwhile)
+    monkeypatch.setattr(journal, "_read_lots", meanwhile)
 
     why = await told(pool, "ada")
 
@@ -927,6 +929,14 @@ async def test_an_explanation_is_of_one_moment_whatever_happens_meanwhile(
     adds_up(why)
     monkeypatch.undo()
     assert (await told(pool, "ada")).version == 3
+
+
+def test_every_question_about_the_journal_is_asked() -> None:
+    """A query that nobody asks is removed, and a name that is misspelt is found without a database."""
+    source = Path(journal.__file__)
+    asked = re.findall(r'_STATEMENTS\["(\w+)"\]', source.read_text(encoding="utf-8"))
+
+    assert read_blocks(source.with_name("journal.sql")).keys() == set(asked)
 
 
 # -- what does not add up ----------------------------------------------------------------------------------------
@@ -1015,7 +1025,7 @@ async def test_many_broken_lots_are_counted_and_few_are_listed(
 
     why = await told(pool, "ada")
 
-    assert (len(why.problems), why.problems_folded) == (module.PROBLEMS_MAX, 50)
+    assert (len(why.problems), why.problems_folded) == (journal.PROBLEMS_MAX, 50)
     assert "and 50 more" in page(why)
 
 
@@ -1048,8 +1058,8 @@ async def test_foreign_text_is_shown_and_does_nothing(
 
     assert why.lots.listed[0].source_reference == text
     in_words = why.lots.listed[0].source.removeprefix("operator's grant: ")
-    assert len(in_words) == min(len(text), module.TEXT_CHARACTERS_MAX)
-    assert in_words.endswith("…") == (len(text) > module.TEXT_CHARACTERS_MAX)
+    assert len(in_words) == min(len(text), TEXT_CHARACTERS_MAX)
+    assert in_words.endswith("…") == (len(text) > TEXT_CHARACTERS_MAX)
     for width in (40, 80, 160):
         shown = page(why, width)
         assert {c for c in shown if not c.isprintable()} == {"\n"}
@@ -1161,9 +1171,9 @@ async def test_a_large_account_has_an_explanation_of_ordinary_size(
     print(f"explained 20,000 entries in {time.perf_counter() - started:.3f} s")  # noqa: T201 - a figure to look at
     assert (why.version, why.lots.all.lots, why.spent_on.things) == (20_000, 5_000, 15_000)
     assert why.lots.all.granted == 50_000
-    assert len(why.lots.listed) == module.LOTS_OPEN_MAX + module.LOTS_USED_UP_MAX
-    assert len(why.spent_on.listed) == module.SPENT_ON_MAX
-    assert why.spent_on.folded_things == 15_000 - module.SPENT_ON_MAX
+    assert len(why.lots.listed) == journal.LOTS_OPEN_MAX + journal.LOTS_USED_UP_MAX
+    assert len(why.spent_on.listed) == journal.SPENT_ON_MAX
+    assert why.spent_on.folded_things == 15_000 - journal.SPENT_ON_MAX
     adds_up(why)
     text = page(why)
     assert f"and {why.lots.folded_open.lots:,} more open" in text
@@ -1183,7 +1193,7 @@ async def test_a_journal_too_long_to_sum_is_summed_in_part_and_says_so(
     await ledger.apply([complete(f"g{n}", "ada", kind="x", credits=1) for n in range(20)])
     moment = await clock(pool)
     await ledger.apply([request("h1", "ada")])
-    monkeypatch.setattr(module, "ENTRIES_SUMMED_MAX", 10)
+    monkeypatch.setattr(journal, "ENTRIES_SUMMED_MAX", 10)
 
     why = await told(pool, "ada")
 

@@ -10,7 +10,7 @@ from workers.cli.telling import tell
 
 if TYPE_CHECKING:
     from workers.batch import Reply
-    from workers.operations.dead_letters import Pool
+    from workers.store.reads import Pool
 
 commands = typer.Typer(**OPTIONS)
 

@@ -15,8 +15,8 @@ from workers.cli.telling import cut, open_console, tell, tell_json, tell_nobody,
 
 if TYPE_CHECKING:
     from workers.operations.audit import Audit, Finding, Progress
-    from workers.operations.dead_letters import Pool
     from workers.operations.repair import Plan, Proof, Repairer, Repairs
+    from workers.store.reads import Pool
 
 commands = typer.Typer(**OPTIONS)
 

@@ -10,8 +10,7 @@ from workers.cli.shared import OPTIONS, PROBLEMS, WELL, Json, Owner, UnusableErr
 from workers.cli.telling import escaped, open_console, tell_json, tell_nobody
 
 if TYPE_CHECKING:
-    from workers.operations.dead_letters import Pool
-    from workers.store.reads import AccountView, OrganizationAccountView
+    from workers.store.reads import AccountView, OrganizationAccountView, Pool
 
 
 commands = typer.Typer(**OPTIONS)

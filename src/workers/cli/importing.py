@@ -15,10 +15,10 @@ from workers.cli.shared import OPTIONS, PROBLEMS, WELL, Json, UnusableError
 from workers.cli.telling import open_console, tell_json, visible
 
 if TYPE_CHECKING:
-    from workers.operations.dead_letters import Pool
     from workers.operations.imports import AccountReport, Import, Options, Totals
     from workers.operations.imports.engine import RolledBack, Wrong
     from workers.operations.imports.sync import Step
+    from workers.store.reads import Pool
 
 commands = typer.Typer(**OPTIONS)
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from workers.cli.shared import UnusableError
 from workers.up.reach import database_reached
 
 if TYPE_CHECKING:
-    from workers.operations.dead_letters import Pool
     from workers.settings import Settings
+    from workers.store.reads import Pool
 
 T = TypeVar("T")
 

@@ -18,14 +18,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from workers.gateway import problems
 from workers.gateway.accounts import READ_SECONDS_MAX, SLASH_INSIDE, Owner
 from workers.gateway.connections import Late, within
-from workers.gateway.console import words
 from workers.gateway.console.drawing import shares
+from workers.gateway.console.words import read_templates
 from workers.gateway.problems import Problem
 from workers.gateway.tokens import Credentials, Tokens
 from workers.ledger.model import Kind
@@ -88,7 +87,7 @@ def signature_of(digest: bytes, owner: str, expires: int) -> str:
 def fragment_router(settings: Settings, database: Late[Pool], tokens: Tokens) -> APIRouter:
     """The one route."""
     router = APIRouter(prefix="/v1", tags=["accounts"])
-    template = _environment().get_template("fragment.html")
+    template = read_templates().get_template("fragment.html")
     framed_by = settings.frame_ancestors.strip() or "'none'"
     common = {
         "x-content-type-options": "nosniff",
@@ -176,20 +175,3 @@ def _signed(tokens: Tokens, owner: str, expires: int | None, signature: str | No
         return False
     expected = [signature_of(digest, owner, expires).encode() for _, digest in tokens.digests]
     return sum(hmac.compare_digest(presented, one) for one in expected) > 0
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("workers.gateway.console"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": words.number,
-        "signed": words.signed,
-        "day": words.day,
-        "plain": words.plain,
-    }
-    return environment

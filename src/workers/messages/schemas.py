@@ -29,6 +29,15 @@ _CAUSE = {
     "idempotency_key": "6f1c0f5e",
     "generation_id": "g1",
 }
+_BALANCE = {
+    "before": 100,
+    "after": 93,
+    "subscription": 0,
+    "purchased": 93,
+    "held": 0,
+    "available": 93,
+    "debt": 0,
+}
 
 INBOUND: dict[str, type[BaseModel]] = {**GENERATION_TYPES, **BOOKING_TYPES, **ACCOUNT_TYPES}
 OUTBOUND: dict[str, type[BaseModel]] = {
@@ -93,15 +102,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "version": 7,
         "kind": "generation_capture",
         "amount": -7,
-        "balance": {
-            "before": 100,
-            "after": 93,
-            "subscription": 0,
-            "purchased": 93,
-            "held": 0,
-            "available": 93,
-            "debt": 0,
-        },
+        "balance": _BALANCE,
         "member_id": None,
         "breakdown": {
             "subscription": 0,
@@ -122,15 +123,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     BALANCE: {
         "account_id": "user:ada",
         "version": 7,
-        "balance": {
-            "before": 100,
-            "after": 93,
-            "subscription": 0,
-            "purchased": 93,
-            "held": 0,
-            "available": 93,
-            "debt": 0,
-        },
+        "balance": _BALANCE,
         "updated_at": "2026-11-21T10:00:00.012Z",
     },
     REJECTED: {

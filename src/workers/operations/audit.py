@@ -7,7 +7,6 @@ told with who and why: it stays a finding, and is no news.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,11 +20,10 @@ import asyncpg
 import orjson
 
 from workers.ledger.model import Entry, Kind, LotMove
+from workers.store.load import Connection
+from workers.store.reads import Pool
+from workers.store.sql import read_blocks
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # a string: only the stubs know it as generic
-Connection: TypeAlias = (
-    "asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
-)
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 # What one question may take. A million entries take seconds; an hour is a database in trouble.
@@ -47,10 +45,6 @@ SELECT f.account_id::text, f.subject, f.id::text, f.field, f.stored, f.expected,
 FROM ({query}) AS f (account_id, subject, id, field, stored, expected)
 ORDER BY f.account_id::text COLLATE "C", f.subject, length(f.id::text), f.id::text COLLATE "C", f.field LIMIT {limit}
 """
-_BLOCK = re.compile(
-    r"^-- name: (\w+)\n(?:-- checks: ([\w, ]+)\n)?((?:-- [^\n]*\n)+)(.*?)(?=^-- (?:name: |-- )|\Z)",
-    re.MULTILINE | re.DOTALL,
-)
 HASHES = "hashes_are_contents"
 _KINDS = list(get_args(Kind))
 _READ = {item.name for item in fields(Entry) if item.init} - {"moves", "cause"}
@@ -141,13 +135,14 @@ class Audit:
 
 
 def _read() -> dict[str, Invariant]:
-    text = Path(__file__).with_name("audit.sql").read_text(encoding="utf-8")
-    blocks = {}
-    for name, checks, comment, query in _BLOCK.findall(text):
-        sentence = " ".join(line.removeprefix("-- ") for line in comment.splitlines())
-        counted = tuple(checks.split(", ")) if checks else ()
-        blocks[name] = Invariant(name, sentence, counted, query.strip().rstrip(";"))
-    return blocks
+    invariants = {}
+    for name, block in read_blocks(Path(__file__).with_name("audit.sql")).items():
+        head, *rest = block.lines
+        counts = head.startswith("checks: ")
+        checks = tuple(head.removeprefix("checks: ").split(", ")) if counts else ()
+        sentence = " ".join(rest if counts else block.lines)
+        invariants[name] = Invariant(name, sentence, checks, block.statement)
+    return invariants
 
 
 _BLOCKS = _read()
@@ -186,9 +181,7 @@ async def examine(
     """
     started = time.perf_counter()
     await connection.execute(_SET, list(_SESSION), list(_SESSION.values()))
-    wanted = list(accounts) if accounts is not None else None
-    if wanted is not None:
-        wanted = [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, wanted)]
+    wanted = None if accounts is None else await family_of(connection, accounts)
     known = await _acknowledgements(connection)
     counts: dict[str, int] = {}
     if only is None:
@@ -216,6 +209,11 @@ async def examine(
         verdicts=verdicts,
         seconds=time.perf_counter() - started,
     )
+
+
+async def family_of(connection: Connection, accounts: Sequence[str]) -> list[str]:
+    """These accounts, and those that were merged into them."""
+    return [row[0] for row in await _fetch(connection, _BLOCKS["family"].query, list(accounts))]
 
 
 async def _acknowledgements(connection: Connection) -> dict[str, dict[bytes, Acknowledgement]]:

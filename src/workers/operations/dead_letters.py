@@ -10,11 +10,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeAlias, get_args
-
-import asyncpg
+from typing import Any, Literal, get_args
 
 from workers.messages.record import DeadReason, Header, decode_headers
+from workers.store.reads import Pool
 
 State = Literal["dead", "replaying", "replayed", "discarded"]
 STATES: tuple[State, ...] = get_args(State)
@@ -23,8 +22,6 @@ REASONS: tuple[DeadReason, ...] = get_args(DeadReason)
 # What one call moves at most: a second's work for the database, and for the worker that applies it.
 REPLAY_LETTERS_MAX = 1000
 REPLAY_DEADLINE_SECONDS = 7 * 86_400
-
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # a string: only the stubs know it as generic
 
 # One page of letters, newest first: what an operator scans.
 _LIST = """

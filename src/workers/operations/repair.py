@@ -8,8 +8,7 @@ reason; the journal itself is never touched. What cannot be repaired is left as 
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,12 +33,14 @@ from workers.ledger.execute import execute
 from workers.ledger.outcomes import InvariantViolated
 from workers.ledger.reach import reach_of
 from workers.messages import outbound
-from workers.operations.audit import HASHES, Audit, Connection, Finding, Pool, audit, examine
+from workers.operations.audit import HASHES, Audit, Finding, audit, examine, family_of
 from workers.sources import Sources, Understood
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
-from workers.store.load import OwnersChanged, load
+from workers.store.load import Connection, OwnersChanged, load
+from workers.store.reads import Pool
 from workers.store.record import record_execution, record_publications
+from workers.store.sql import read_statements
 
 How: TypeAlias = Literal["journal", "mapping", "period", "mirror", "wake"]
 
@@ -88,21 +89,7 @@ REASON_CHARACTERS_MAX = 1000
 FINDINGS_TOLD_MAX = 5
 TYPE = "audit.repaired"
 
-_BLOCK = re.compile(
-    r"^-- name: (\w+)\n(?:-- [^\n]*\n)+(.*?)(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL
-)
-_STATEMENTS: Mapping[str, str] = dict(
-    _BLOCK.findall(Path(__file__).with_name("repair.sql").read_text(encoding="utf-8"))
-)
-_FAMILY = """
-WITH RECURSIVE family (account_id, steps) AS (
-    SELECT $1::text COLLATE "C", 0
-    UNION ALL
-    SELECT a.account_id::text COLLATE "C", f.steps + 1
-    FROM family f JOIN accounts a ON a.merged_into = f.account_id WHERE f.steps < 32
-)
-SELECT DISTINCT account_id FROM family
-"""
+_STATEMENTS = read_statements(Path(__file__).with_name("repair.sql"))
 _VERSION = "SELECT version FROM accounts WHERE account_id = $1"
 _ENTRIES = """
 SELECT account_id, version, kind, balance_before, balance_after, held_after, debt_after FROM entries
@@ -406,7 +393,7 @@ class Repairer:
             if not _places(before) & _places(repair.findings):
                 return Proof(repair=repair, key=key, failed=None)  # somebody was faster
             if repair.how == "journal":
-                family = [row[0] for row in await connection.fetch(_FAMILY, account_id)]
+                family = await family_of(connection, [account_id])
                 for statement in _STATEMENTS.values():
                     await connection.execute(statement, family)
             written = await self._execute(connection, command)

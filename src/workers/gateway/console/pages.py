@@ -9,7 +9,6 @@ from urllib.parse import parse_qsl, quote
 
 import asyncpg
 import structlog
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -17,8 +16,8 @@ from starlette.routing import Route
 
 from workers.gateway.bodies import read_body
 from workers.gateway.connections import Away, within
-from workers.gateway.console import words
 from workers.gateway.console.sessions import Session, Sessions, cookie_name, from_elsewhere
+from workers.gateway.console.words import read_templates
 from workers.gateway.problems import Problem
 from workers.messages.record import Refused
 from workers.store.reads import MalformedOwner
@@ -103,7 +102,10 @@ class Pages:
 
     def __init__(self, sessions: Sessions) -> None:
         self.sessions = sessions
-        self._templates = _environment()
+        self._templates = read_templates()
+        self._templates.globals["asset"] = lambda name: (
+            f"/console/static/{name}?v={_VERSIONS[name]}"
+        )
 
     def render(
         self, request: Request, template: str, *, status: int = 200, **context: Any
@@ -269,30 +271,3 @@ async def static(request: Request) -> Response:
     fresh = request.query_params.get("v") == _VERSIONS[request.path_params["name"]]
     kept = "public, max-age=31536000, immutable" if fresh else "no-cache"
     return Response(content, headers={**HEADERS, "cache-control": kept}, media_type=kind)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("workers.gateway.console"),
-        autoescape=True,  # whatever a template is called
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": words.number,
-        "signed": words.signed,
-        "moment": words.moment,
-        "minute": words.minute,
-        "day": words.day,
-        "since": words.since,
-        "plain": words.plain,
-        "visible": words.visible,
-        "told": words.commands_set_off,
-    }
-    environment.globals |= {
-        "asset": lambda name: f"/console/static/{name}?v={_VERSIONS[name]}",
-        "account_path": words.account_path,
-        "with_query": words.with_query,
-    }
-    return environment

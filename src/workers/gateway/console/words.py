@@ -1,9 +1,10 @@
-"""How the pages say numbers, times and addresses."""
+"""How the pages say numbers, times and addresses; and the templates that say so."""
 
 import re
 from datetime import UTC, datetime
 from urllib.parse import quote, urlencode
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 _INVISIBLE = re.compile(
@@ -82,3 +83,27 @@ def commands_set_off(text: str) -> Markup:
         Markup("<code>{}</code>").format(part) if place % 2 else part
         for place, part in enumerate(parts)
     )
+
+
+def read_templates() -> Environment:
+    """The templates; foreign text in them is escaped, and a name that nobody gave is an error."""
+    environment = Environment(
+        loader=PackageLoader("workers.gateway.console"),
+        autoescape=True,  # whatever a template is called
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "moment": moment,
+        "minute": minute,
+        "day": day,
+        "since": since,
+        "plain": plain,
+        "visible": visible,
+        "told": commands_set_off,
+    }
+    environment.globals.update(account_path=account_path, with_query=with_query)
+    return environment

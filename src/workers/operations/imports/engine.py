@@ -46,8 +46,8 @@ from workers.sources.account import link_of
 from workers.store.failures import classify, describe
 from workers.store.ids import new_ids
 from workers.store.load import Connection, find_identities
+from workers.store.reads import Pool
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 State: TypeAlias = Literal["new", "imported", "refused", "changed", "listed"]
 
 SCOPE = "import"
