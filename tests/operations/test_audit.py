@@ -45,7 +45,7 @@ from workers.ledger.model import Entry, LotMove
 from workers.messages.inbound import ACCOUNT_TYPES, BOOKING_TYPES, GENERATION_TYPES
 from workers.messages.outbound import changed_lots
 from workers.operations import audit as audit_module
-from workers.operations.audit import HASHES, INVARIANTS, Audit, audit
+from workers.operations.audit import HASHES, INVARIANTS, Audit, audit, examine
 from workers.operations.dead_letters import replay
 from workers.store.database import open_pool
 from workers.store.ids import new_ids
@@ -475,6 +475,25 @@ async def test_an_audit_sees_one_moment(books: str) -> None:
 
     assert told(await audited(books, progress=meanwhile)) == []
     assert {line.split(":")[0] for line in told(await audited(books))} == {"lots_were_granted"}
+
+
+async def test_an_audit_judges_time_as_of_its_moment(
+    books: str, owner: asyncpg.Connection
+) -> None:
+    """However long it goes on: what was in time when it began does not become overdue by the audit's own slowness."""
+    half_a_minute = """
+        UPDATE generations SET deadline_at = xact_start - interval '30 s' FROM pg_stat_activity
+        WHERE pid = $1 AND generation_id = 'h2'"""
+    async with (
+        await open_pool(books, size_max=1, name="tests") as pool,
+        pool.acquire() as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        # The transaction has begun; what it sees is decided by its first question.
+        assert await owner.execute(half_a_minute, connection.get_server_pid()) == "UPDATE 1"
+        found = await examine(connection, only={"nothing_is_overdue"})
+
+    assert told(found) == []
 
 
 # -- corruption -------------------------------------------------------------------------------------------------------

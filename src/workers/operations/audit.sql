@@ -2,7 +2,8 @@
 -- and a query that is empty when the sentence is true; `audit.py` reads them. A row of it is a finding:
 -- account, subject, the subject's id, field, what is stored, what should be.
 --
--- Conventions. $1 is the accounts to judge, NULL for all. Lots move between accounts only when those are merged, so
+-- Conventions. The time is now(), that of what the audit sees: its clock may be minutes later when a question is asked.
+-- $1 is the accounts to judge, NULL for all. Lots move between accounts only when those are merged, so
 -- $1 names with an account also those that were merged into it. What a superuser may have torn (a constraint, a
 -- foreign key) is not relied upon. An allocation that cannot be read makes its query fail, which counts as a finding;
 -- the entry itself is named by `hashes_are_contents`.
@@ -679,8 +680,8 @@ SELECT s.account_id, 'subscription', s.subscription_id, 'granted since ' || to_c
 FROM subscriptions s JOIN accounts a ON a.account_id = s.account_id
 WHERE s.status = 'active' AND s.plan IS NOT NULL AND a.state = 'open'
   AND a.subscription = 0 AND a.purchased = 0 AND a.debt = 0
-  AND s.period_start <= clock_timestamp() - interval '3 hours' AND s.period_end > clock_timestamp()
-  AND s.recorded_at <= clock_timestamp() - interval '3 hours'
+  AND s.period_start <= now() - interval '3 hours' AND s.period_end > now()
+  AND s.recorded_at <= now() - interval '3 hours'
   AND NOT EXISTS (SELECT FROM entries e WHERE e.account_id = s.account_id AND e.balance_after > e.balance_before
                   AND e.recorded_at >= s.period_start)
   AND NOT EXISTS (SELECT FROM purchases p WHERE p.account_id = s.account_id AND p.period_end >= s.period_end)
@@ -691,12 +692,12 @@ WHERE s.status = 'active' AND s.plan IS NOT NULL AND a.state = 'open'
 -- What time ends has ended half a minute later: holds past their deadline, lots past their expiry.
 SELECT account_id, 'generation', generation_id, 'deadline_at', deadline_at::text, 'released then'
 FROM generations
-WHERE state = 'held' AND deadline_at < clock_timestamp() - interval '30 seconds' AND account_id IS NOT NULL
+WHERE state = 'held' AND deadline_at < now() - interval '30 seconds' AND account_id IS NOT NULL
   AND ($1::text[] IS NULL OR account_id = ANY($1))
 UNION ALL
 SELECT account_id, 'lot', lot_id::text, 'expires_at', expires_at::text, 'its ' || remaining - held || ' unheld credits expired then'
 FROM lots
-WHERE open AND expires_at < clock_timestamp() - interval '30 seconds' AND remaining > held
+WHERE open AND expires_at < now() - interval '30 seconds' AND remaining > held
   AND ($1::text[] IS NULL OR account_id = ANY($1));
 
 -- name: parked_messages_are_tried
@@ -708,9 +709,9 @@ LEFT JOIN LATERAL (SELECT i.owner FROM identities i WHERE i.external_id = p.wait
                    i.provider LIMIT 1) o ON true
 CROSS JOIN LATERAL (VALUES
     ('next_attempt_at', p.next_attempt_at::text,
-     CASE WHEN p.next_attempt_at > clock_timestamp() + interval '10 minutes' THEN 'within ten minutes' END),
+     CASE WHEN p.next_attempt_at > now() + interval '10 minutes' THEN 'within ten minutes' END),
     ('deadline_at', p.deadline_at::text,
-     CASE WHEN p.deadline_at < clock_timestamp() - interval '1 hour' THEN 'no deadline long past' END)
+     CASE WHEN p.deadline_at < now() - interval '1 hour' THEN 'no deadline long past' END)
 ) AS t (field, stored, expected)
 WHERE t.expected IS NOT NULL AND ($1::text[] IS NULL OR o.owner = ANY($1));
 
