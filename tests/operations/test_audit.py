@@ -477,9 +477,7 @@ async def test_an_audit_sees_one_moment(books: str) -> None:
     assert {line.split(":")[0] for line in told(await audited(books))} == {"lots_were_granted"}
 
 
-async def test_an_audit_judges_time_as_of_its_moment(
-    books: str, owner: asyncpg.Connection
-) -> None:
+async def test_an_audit_judges_time_as_of_its_moment(books: str, owner: asyncpg.Connection) -> None:
     """However long it goes on: what was in time when it began does not become overdue by the audit's own slowness."""
     half_a_minute = """
         UPDATE generations SET deadline_at = xact_start - interval '30 s' FROM pg_stat_activity
