@@ -61,6 +61,7 @@ from workers.messages.outbound import (
 from workers.messages.record import decode_headers
 from workers.producer import Partitioner, close_producer, open_producer
 from workers.settings import Settings, require
+from workers.slot import Slot
 from workers.store.database import connect
 from workers.store.sql import SQL
 from workers.topics import INBOUND_BYTES_MAX
@@ -82,8 +83,6 @@ STEADY_SECONDS = 5.0
 DELIVERY_SECONDS = 10.0
 # Whoever mends what makes the broker refuse waits so long for the relay to see it.
 HELD_SECONDS = 30.0
-# So many rows are waited for at once where a slot's reader publishes: it confirms once a second or less often.
-MARKED_MAX = 100_000
 # A broker that answers tells within this time whether it has a topic.
 TOPIC_SECONDS = 5.0
 # A relay that asks nothing for longer is frozen or cut off: its session ends, and another takes its shards. Until then the
@@ -162,64 +161,6 @@ class _Delivery:
             raise TimeoutError
 
 
-class _Slot:
-    """A replication slot: which rows its reader has published.
-
-    A row that is there was committed before the place where the log ends now. When the slot's reader has confirmed a later
-    place, it has published that row. Whether it had is only known of a slot that was there all the while.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._marked: list[int] = []
-        self._place = ""
-        self._confirmed: deque[int] = deque()
-        self._told_missing = 0.0
-
-    def forget(self) -> None:
-        """Begin anew: meanwhile others may have had our shards."""
-        self._marked = []
-        self._confirmed.clear()
-
-    async def confirmed(
-        self,
-        connection: asyncpg.Connection[asyncpg.Record],
-        shards: Sequence[int],
-        held_back: tuple[list[str], list[str], list[str]],
-    ) -> list[int]:
-        """Some of the oldest rows that the slot's reader has published; none while it has published none of those marked."""
-        if not self._confirmed:
-            if not self._marked:
-                mark = await connection.fetchrow(
-                    SQL["mark_outbox"], self._name, shards, MARKED_MAX, *held_back
-                )
-                if mark is None:
-                    self._tell_missing()
-                    return []
-                self._marked, self._place = mark["sequences"], mark["place"]
-            if not self._marked:
-                return []
-            passed = await connection.fetchval(SQL["has_passed"], self._name, self._place)
-            if passed is None:
-                self._tell_missing()
-                self.forget()
-            elif passed:
-                self._confirmed.extend(self._marked)
-                self._marked = []
-        return list(islice(self._confirmed, ROWS_MAX))
-
-    def take_off(self, sequence: int) -> None:
-        """Up to this row all is done."""
-        while self._confirmed and self._confirmed[0] <= sequence:
-            self._confirmed.popleft()
-
-    def _tell_missing(self) -> None:
-        if _clock() >= self._told_missing:
-            self._told_missing = _clock() + HELD_SECONDS
-            telemetry.PUBLISH_FAILURES.inc()
-            log.critical("outbox_slot_missing", slot=self._name)
-
-
 class Relay:
     """Publishes the outbox's shards that it holds, until it is stopped."""
 
@@ -227,7 +168,7 @@ class Relay:
         self._settings = settings
         self._wake = asyncio.Event()
         self._shards: set[int] = set()
-        self._slot = _Slot(settings.outbox_slot) if settings.outbox_slot else None
+        self._slot = Slot(settings.outbox_slot) if settings.outbox_slot else None
         # Until when, by the loop's clock: what is held back, and the topics whose messages go one by one.
         self._held: dict[_Key, float] = {}
         self._alone: dict[str, float] = {}
@@ -369,7 +310,7 @@ class Relay:
             return await connection.fetch(
                 SQL["read_outbox"], shards, ROWS_MAX, ROUND_BYTES_MAX, *held_back
             )
-        confirmed = await self._slot.confirmed(connection, shards, held_back)
+        confirmed = await self._slot.confirmed(connection, shards, held_back, rows_max=ROWS_MAX)
         if not confirmed:
             return ()
         rows = await connection.fetch(
