@@ -167,9 +167,13 @@ class Consumer:
             return "the database is away"
         if self._held:
             return "the outbox is full"
-        for subscription in self._subscriptions.values():
-            if (refusal := subscription.refusal) is not None:
-                return right_missing(refusal, self._settings)
+        refused = [
+            right_missing(subscription.refusal, self._settings) or ""
+            for subscription in self._subscriptions.values()
+            if subscription.refusal is not None
+        ]
+        if refused:
+            return "; ".join(refused)
         return None if self.consumed_topics() else "no partition is assigned"
 
     async def broker_answers(self) -> bool:

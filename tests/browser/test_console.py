@@ -1,11 +1,15 @@
 """The console as a person meets it: in Chromium, by mouse, by keyboard, without scripts, in both themes, at any width."""
 
+import contextlib
 import hashlib
+import http.server
 import json
 import os
 import random
+import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -322,7 +326,10 @@ def test_a_product_frames_an_account_by_a_signed_link(
     chromium: webdriver.Chrome, database: str, console: Console, browser: Browser, axe: str
 ) -> None:
     """The product's page shows the frame, styled and accessible, where the setting names its origin; else nothing."""
-    with running(database, CREDITS_FRAME_ANCESTORS="http://localhost:*") as gateway:
+    with (
+        contextlib.ExitStack() as stack,
+        running(database, CREDITS_FRAME_ANCESTORS="http://localhost:*") as gateway,
+    ):
         page = Browser(chromium, gateway)
         page.driver.get(signed(gateway, "user:ada"))
         assert "to spend" in page.text("main")
@@ -332,11 +339,12 @@ def test_a_product_frames_an_account_by_a_signed_link(
         assert complaints(page) == []
 
         # The product: any page of another origin; a port says as little as a name.
+        product = stack.enter_context(blank_pages())
         for origin, shown in (
-            (gateway.url.replace("127.0.0.1", "localhost"), True),
-            (console.url, False),
+            (f"http://localhost:{product}", True),
+            (f"http://127.0.0.1:{product}", False),
         ):
-            page.driver.get(f"{origin}/livez")
+            page.driver.get(origin)
             frame = f"<!doctype html><iframe src='{signed(gateway, 'user:ada')}'></iframe>"
             page.script("document.open(); document.write(arguments[0]); document.close()", frame)
             page.driver.switch_to.frame(page.one("iframe"))
@@ -346,6 +354,32 @@ def test_a_product_frames_an_account_by_a_signed_link(
                 page.until(page.ready)
                 assert page.all(".credits-fragment") == []
             page.driver.switch_to.default_content()
+
+
+class _Blank(http.server.BaseHTTPRequestHandler):
+    """A product's page, with no policy of its own."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def blank_pages() -> Iterator[int]:
+    """A product's server; its port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Blank) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def signed(gateway: Console, owner: str) -> str:

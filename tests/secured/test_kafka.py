@@ -376,11 +376,10 @@ async def test_rights_that_are_taken_away_cost_nothing(
     (held, *_) = worker.logs.of("publication_held_back")
     assert "Kafka does not allow worker to use the topic" in held["what"]
     await world.until(lambda: last_said(f"topic {name(ACCOUNT)}"))
-    await give(kafka_admin, "User:worker", [read])
     await world.until(lambda: last_said(f"consumer group {name('credit-workers.' + BOOKING)}"))
     assert not world.answers[unread]
 
-    await give(kafka_admin, "User:worker", [group, write])
+    await give(kafka_admin, "User:worker", [read, group, write])
 
     await world.applied(unread, webhook)
     await world.until(lambda: last_said("None"))
