@@ -3,6 +3,8 @@
 Hides how it is known that a row was published by somebody who never says so.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections import deque
 from collections.abc import Sequence

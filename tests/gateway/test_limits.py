@@ -18,7 +18,12 @@ from workers import cli, serving
 from workers.gateway import limits
 from workers.gateway.app import create_app
 from workers.gateway.connections import Broker, late_database
-from workers.gateway.limits import BURST_SECONDS, Addresses, Buckets
+from workers.gateway.limits import (
+    BAD_SIGNATURES_PER_SECOND,
+    BURST_SECONDS,
+    Addresses,
+    Buckets,
+)
 from workers.gateway.tokens import CHARACTERS_MIN, refuse_guessable
 from workers.serving import HSTS, Server
 from workers.settings import Settings, SettingsError
@@ -146,6 +151,9 @@ async def test_whoever_shows_no_token_is_limited_by_address_and_locks_nobody_out
         assert (await client.get(ACCOUNT, headers=lower)).status_code == 503
 
 
+FORGERIES_MAX = BAD_SIGNATURES_PER_SECOND * BURST_SECONDS
+
+
 async def test_what_stripe_signed_is_never_one_too_many(
     kafka_settings: Settings, tools: Any, now: list[float]
 ) -> None:
@@ -158,9 +166,10 @@ async def test_what_stripe_signed_is_never_one_too_many(
             lambda: client.post("/webhooks/stripe", content=body, headers=tools.signed(body)), 200
         )
         answers = [
-            await client.post("/webhooks/stripe", content=body, headers=forged) for _ in range(30)
+            await client.post("/webhooks/stripe", content=body, headers=forged)
+            for _ in range(FORGERIES_MAX + 1)
         ]
-        assert [answer.status_code for answer in answers[:20]] == [400] * 20
+        assert {answer.status_code for answer in answers[:-1]} == {400}
         assert answers[-1].status_code == 429
         assert answers[-1].headers["connection"] == "close"
         assert "what Stripe did not sign" in answers[-1].json()["detail"]

@@ -252,8 +252,8 @@ class _Connection:
     async def fetch(self, query: str, *args: Any) -> list[Any]:
         return await self._rows(self._real, await self._real.fetch(query, *args))
 
-    async def execute(self, query: str, *args: Any) -> Any:
-        return await self._real.execute(query, *args)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
 
 def _reading(patch: Patch, rows: Callable[[Any, Sequence[Any]], Awaitable[list[Any]]]) -> None:

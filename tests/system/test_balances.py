@@ -278,8 +278,11 @@ async def test_a_relay_whose_session_ended_tells_no_state_that_may_be_old(outbox
 
 
 @pytest.mark.parametrize("outbox", [{BALANCE: {"max.message.bytes": "1"}}], indirect=True)
-async def test_a_state_that_is_refused_keeps_its_changes_in_the_outbox(outbox: Outbox) -> None:
+async def test_a_state_that_is_refused_keeps_its_changes_in_the_outbox(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until the broker takes the state, the account's rows stay, and are told again with it."""
+    monkeypatch.setattr(relaying, "HELD_SECONDS", 1.0)
     await outbox.commit(("user:ada", 1))
 
     async with outbox.relaying():
@@ -292,8 +295,11 @@ async def test_a_state_that_is_refused_keeps_its_changes_in_the_outbox(outbox: O
 
 
 @pytest.mark.parametrize("outbox", [{CHANGED: {"max.message.bytes": "1"}}], indirect=True)
-async def test_a_state_never_precedes_its_change(outbox: Outbox) -> None:
+async def test_a_state_never_precedes_its_change(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the broker refuses the changes of an account, nothing is said of its state."""
+    monkeypatch.setattr(relaying, "HELD_SECONDS", 1.0)
     await outbox.commit(("user:ada", 1))
 
     async with outbox.relaying() as running:
