@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 
+import asyncpg
 import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
 
-from workers.gateway.connections import Away, Late, within
+from workers.gateway.connections import Away, Late, late_database, within
+from workers.settings import Settings
 
 
 async def test_a_connection_that_cannot_be_closed_does_not_keep_the_next_one_away() -> None:
@@ -65,3 +69,28 @@ async def test_an_answer_in_time_is_passed_on_and_so_is_its_error() -> None:
     assert await within(3, asyncio.sleep(0, "answer")) == "answer"
     with pytest.raises(LookupError):
         await within(3, fails())
+
+
+async def test_a_database_that_may_not_be_trusted_is_away_until_it_may(
+    database_url: str, kafka_settings: Settings
+) -> None:
+    """A commit that the server may lose is not made; the log says what to mend, and mending it is enough."""
+    settings = kafka_settings.model_copy(update={"database_url": SecretStr(database_url)})
+    owner = await asyncpg.connect(database_url)
+    name = await owner.fetchval("SELECT current_database()")
+    await owner.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    with capture_logs() as logs:
+        async with late_database(settings) as database:
+            async with asyncio.timeout(20):
+                while not any(line["event"] == "server_away" for line in logs):
+                    await asyncio.sleep(0.01)
+            with pytest.raises(Away):
+                _ = database.current
+            await owner.execute(f"ALTER DATABASE {name} RESET synchronous_commit")
+            async with asyncio.timeout(20):
+                while not any(line["event"] == "server_reached" for line in logs):
+                    await asyncio.sleep(0.01)
+            assert await database.current.fetchval("SHOW synchronous_commit") == "on"
+    await owner.close()
+    (told,) = [line["error"]["text"] for line in logs if line["event"] == "server_away"]
+    assert "Set `synchronous_commit = on`" in told

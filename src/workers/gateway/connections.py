@@ -16,7 +16,9 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from workers.producer import close_producer, open_producer
 from workers.settings import Settings, require
 from workers.store.database import open_pool
+from workers.store.migrations import refuse_newer
 from workers.store.reads import Pool
+from workers.store.safety import refuse_unsafe
 from workers.telemetry import PUBLISH_FAILURES, PUBLISHED, describe_error
 
 log = structlog.get_logger()
@@ -142,11 +144,21 @@ class Late(Generic[Connection]):
 
 
 def late_database(settings: Settings) -> Late[Pool]:
-    """The connection pool, once PostgreSQL is there; the pool itself outlives the server's restarts."""
+    """The connection pool, once PostgreSQL is there and may be trusted with money; the pool itself outlives the server's
+    restarts.
+    """
     url = require(settings.database_url, "database_url")
 
     async def open_one() -> Pool:
-        return await open_pool(url, size_max=settings.database_pool_max, name="credit-gateway")
+        pool = await open_pool(url, size_max=settings.database_pool_max, name="credit-gateway")
+        try:
+            # What is commanded over HTTP is committed there as a worker commits.
+            await refuse_newer(pool)
+            await refuse_unsafe(pool)
+        except BaseException:
+            await _close_pool(pool)
+            raise
+        return pool
 
     return Late("postgresql", open_one, _close_pool)
 
