@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -66,8 +67,13 @@ async def sizes(database: "asyncpg.Connection[asyncpg.Record]") -> dict[str, tup
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes that the files of a folder take. Kafka keeps those of a topic that was deleted for a minute."""
-    return sum(file.stat().st_size for file in folder.rglob("*.log") if file.is_file())
+    """Bytes that the logs of a folder take. Kafka removes those of a topic that was deleted a minute later, also while we look."""
+    size = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(f"{path}/{name}").st_size if name.endswith(".log") else 0
+    return size
 
 
 async def one(

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+from collections.abc import MutableMapping
+from typing import Any
 
 import asyncpg
 import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
+from tests.system.world import eventually
 
 from workers.gateway.connections import Away, Late, late_database, within
 from workers.settings import Settings
@@ -71,6 +74,15 @@ async def test_an_answer_in_time_is_passed_on_and_so_is_its_error() -> None:
         await within(3, fails())
 
 
+async def said(logs: list[MutableMapping[str, Any]], event: str) -> None:
+    """Wait until the log has this event."""
+
+    async def is_there() -> bool:
+        return any(line["event"] == event for line in logs)
+
+    await eventually(is_there)
+
+
 async def test_a_database_that_may_not_be_trusted_is_away_until_it_may(
     database_url: str, kafka_settings: Settings
 ) -> None:
@@ -81,15 +93,11 @@ async def test_a_database_that_may_not_be_trusted_is_away_until_it_may(
     await owner.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
     with capture_logs() as logs:
         async with late_database(settings) as database:
-            async with asyncio.timeout(20):
-                while not any(line["event"] == "server_away" for line in logs):
-                    await asyncio.sleep(0.01)
+            await said(logs, "server_away")
             with pytest.raises(Away):
                 _ = database.current
             await owner.execute(f"ALTER DATABASE {name} RESET synchronous_commit")
-            async with asyncio.timeout(20):
-                while not any(line["event"] == "server_reached" for line in logs):
-                    await asyncio.sleep(0.01)
+            await said(logs, "server_reached")
             assert await database.current.fetchval("SHOW synchronous_commit") == "on"
     await owner.close()
     (told,) = [line["error"]["text"] for line in logs if line["event"] == "server_away"]
