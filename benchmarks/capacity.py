@@ -72,7 +72,7 @@ def on_disk(folder: Path) -> int:
     for path, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                size += os.stat(f"{path}/{name}").st_size if name.endswith(".log") else 0
+                size += Path(path, name).stat().st_size if name.endswith(".log") else 0
     return size
 
 
