@@ -15,7 +15,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.gateway.conftest import ADMIN, running, settings_for
+from tests.gateway.conftest import ADMIN, eventually, running, settings_for
 from tests.imports.old_books import TABLES
 from tests.store.kit import complete, event, grant, ledger_over, record, request
 
@@ -159,6 +159,9 @@ async def test_a_block_that_asks_the_gateway_is_answered(block: Block, ledger: L
         'set -euo pipefail; curl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
     )
     async with running(settings_for(database_url=ledger.url)) as client:
+        bearer = {"authorization": f"Bearer {ADMIN}"}
+        asked = "/v1/commands?source=a&type=b&key=c"
+        await eventually(lambda: client.get(asked, headers=bearer), 404)  # the database is reached
         done = await asyncio.to_thread(
             subprocess.run,
             ["bash", "-c", strict + block.code],
