@@ -12,7 +12,10 @@ Its task that keeps it in the group stops for good, too, at a right that is take
 back or not. Here a poll waits until what was refused is allowed, and joins anew; meanwhile `refusal` says what it is.
 
 What comes waits for nobody: a poll lasts until there is something. FastStream sleeps after a poll that brought nothing,
-for as long as it had waited, and what comes meanwhile would wait too.
+for as long as it had waited, and what comes meanwhile would wait too. aiokafka fetches ahead, once: it asks for nothing more of
+a partition whose records still lie here, and sends a broker one request at a time. So what lies here is as old as the batch
+before it, and a partition that was left out of a request waits until that comes back, half a second where the others are
+silent. Here a poll asks once more for what came since, and a request that leaves partitions out comes back at once.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import Collection, Coroutine, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.consumer import fetcher
@@ -36,7 +40,13 @@ log = logging.getLogger(__name__)
 # fills one batch at most, and where it fills it the rest of its records is left for the next poll.
 BATCHES_MAX = 2
 ASK_AGAIN_SECONDS = 1.0
+# A request that leaves partitions out waits so long for so many bytes: then theirs can go.
+PARTIAL_WAIT_MS, PARTIAL_BYTES = 10, 64 * 1024
+# Records that lie here for longer were fetched before the last batch; what came since is waited for so long.
+LYING_SECONDS, NEWER_MS = 0.002, 3
 NOT_ALLOWED = (TopicAuthorizationFailedError, GroupAuthorizationFailedError)
+
+_Polled: TypeAlias = dict[TopicPartition, list[ConsumerRecord[Any, Any]]]
 
 
 class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
@@ -47,16 +57,33 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
 
     refusal: Exception | None = None
 
+    async def start(self) -> None:
+        """As aiokafka's, whose requests wait as long for what they ask as for what they leave out."""
+        await super().start()
+        fetcher = self._fetcher
+        all_requests = fetcher._get_actions_per_node  # noqa: SLF001 - it has no setting for this
+
+        def requests(assignment: Any) -> Any:
+            sent, *rest = all_requests(assignment)
+            for _, request in sent if fetcher._records else ():  # noqa: SLF001
+                request._max_wait_ms, request._min_bytes = PARTIAL_WAIT_MS, PARTIAL_BYTES  # noqa: SLF001
+            return sent, *rest
+
+        fetcher._get_actions_per_node = requests  # noqa: SLF001
+
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
-    ) -> dict[TopicPartition, list[ConsumerRecord[Any, Any]]]:
+    ) -> _Polled:
         """At least one record. All that comes, `max_records` at most, fits into BATCHES_MAX batches as it lies: full ones, if
         there is enough. Looks again after `timeout_ms`.
 
         Raises what reading a partition raised, if the others have nothing to return.
         """
-        taken: dict[TopicPartition, list[ConsumerRecord[Any, Any]]] = {}
+        most = max_records or sys.maxsize
+        batch = -(-most // BATCHES_MAX)
+        taken: _Polled = {}
         failure: Exception | None = None
+        lay = self._has_lain()
         while not taken and failure is None:
             self._keep_fetching()
             try:
@@ -67,32 +94,50 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
                 await self._bear(error)
             except Exception as error:
                 failure = error
-        left = max_records or sys.maxsize
-        batch = -(-left // BATCHES_MAX)
-        left -= len(taken)
-        for partition in self._fetched(partitions):
-            if left == 0 or self._subscription.reassignment_in_progress:
-                break
-            # What is left of the batch that is being filled.
-            most = min(left % batch or batch, batch - len(taken.get(partition, ())))
+        failure = await self._take_what_lies(taken, partitions, most, batch) or failure
+        if lay and failure is None and _count(taken) < batch and not self._fetcher._records:  # noqa: SLF001
             try:
-                more = await super().getmany(partition, max_records=most) if most else {}
+                _add(
+                    taken,
+                    await super().getmany(*partitions, timeout_ms=NEWER_MS, max_records=1),
+                )
             except Exception as error:
                 failure = error
-                continue
-            if more:
-                taken.setdefault(partition, []).extend(more[partition])
-                left -= len(more[partition])
+            else:
+                failure = await self._take_what_lies(taken, partitions, batch, batch)
         if failure is not None:
             if not taken:
                 raise failure
             log.error("a partition cannot be read", exc_info=failure)  # it is tried again and again
         return taken
 
+    async def _take_what_lies(
+        self, taken: _Polled, partitions: Collection[TopicPartition], most: int, batch: int
+    ) -> Exception | None:
+        """Add what lies here, up to so many records, filling one batch after another. Returns what reading a partition raised."""
+        failure: Exception | None = None
+        for partition in self._fetched(partitions):
+            left = most - _count(taken)
+            if left <= 0 or self._subscription.reassignment_in_progress:
+                break
+            # What is left of the batch that is being filled.
+            room = min(left % batch or batch, batch - len(taken.get(partition, ())))
+            try:
+                if room:
+                    _add(taken, await super().getmany(partition, max_records=room))
+            except Exception as error:
+                failure = error
+        return failure
+
     def _fetched(self, partitions: Collection[TopicPartition]) -> list[TopicPartition]:
         """The partitions of which something has come, the longest ago first: none waits behind one that is always full."""
         fetched = self._fetcher._records  # noqa: SLF001 - nobody else knows in which order it came
         return [partition for partition in fetched if not partitions or partition in partitions]
+
+    def _has_lain(self) -> bool:
+        """Whether there are records here since the last batch began."""
+        since = time.monotonic() - LYING_SECONDS
+        return any(one._created < since for one in self._fetcher._records.values())  # noqa: SLF001
 
     async def stop(self) -> None:
         """As aiokafka's, which would raise what its fetching ended with, and end nothing else."""
@@ -131,6 +176,15 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         # One of them ended with an error, and would raise it again.
         fetcher._pending_tasks = {task for task in fetcher._pending_tasks if not task.done()}  # noqa: SLF001
         fetcher._fetch_task = asyncio.create_task(routine)  # noqa: SLF001
+
+
+def _add(taken: _Polled, more: _Polled) -> None:
+    for partition, records in more.items():
+        taken.setdefault(partition, []).extend(records)
+
+
+def _count(taken: _Polled) -> int:
+    return sum(map(len, taken.values()))
 
 
 class _LenientBytes(bytearray):

@@ -179,3 +179,52 @@ async def test_a_poll_fits_into_full_batches(world: World, batch: int) -> None:
                 read[record.partition].append(record.offset - start[place])
 
     assert read == {number: list(range(count)) for number in partitions}
+
+
+async def test_a_poll_brings_what_came_while_records_lay_here(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client library fetches ahead, once: what it has is old by the time of the next poll, and newer ones join it."""
+    monkeypatch.setattr("workers.reader.NEWER_MS", 10_000)
+    partition, other = (TopicPartition(world.settings.topic(ACCOUNT), number) for number in (0, 1))
+    async with reading(world, 0, 1) as reader:
+
+        async def has_lain() -> bool:
+            return reader._has_lain()
+
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        await eventually(has_lain)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})] * 2, partitions=[0, 1])
+
+        polled = await reader.getmany(timeout_ms=1000, max_records=20)
+
+    assert len(polled[partition]) + len(polled.get(other, ())) >= 2, "the newer ones wait"
+    assert [record.offset for record in polled[partition]] == sorted(
+        record.offset for record in polled[partition]
+    )
+
+
+async def test_a_partition_does_not_wait_for_the_silence_of_others(world: World) -> None:
+    """While records of one partition lie here, the library asks for the others; silent ones would keep it as long as they may."""
+    busy = TopicPartition(world.settings.topic(ACCOUNT), 0)
+    reader = Reader(
+        bootstrap_servers=world.settings.kafka_bootstrap, fetch_max_wait_ms=60_000, request_timeout_ms=90_000
+    )  # fmt: skip
+    start = (await world.ends(ACCOUNT))[ACCOUNT, 0]
+    others = [TopicPartition(busy.topic, number) for number in range(1, PARTITIONS)]
+    reader.assign([busy, *others])
+    async with reader:
+        reader.seek(busy, start)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})] * 4, partitions=[0])
+
+        async def asks_for_the_others() -> bool:
+            return busy in reader._fetcher._records and bool(reader._fetcher._in_flight)
+
+        await eventually(asks_for_the_others)
+        async with asyncio.timeout(30):
+            read = (await reader.getmany(timeout_ms=1000))[busy]
+            await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+            while len(read) < 5:
+                read += (await reader.getmany(timeout_ms=1000))[busy]
+
+    assert [record.offset for record in read] == list(range(start, start + 5))
