@@ -68,14 +68,15 @@ from workers.topics import INBOUND_BYTES_MAX
 
 log = structlog.get_logger(__name__)
 
-SHARD_LOCKS = (
-    0x6F757462  # "outb": the first half of the advisory lock's key; the shard is the second
-)
+# "outb": the first half of an advisory lock's key. The second is the shard; behind the last one it says "here is a relay".
+SHARD_LOCKS = 0x6F757462
 # So much is read and sent in one round: it must fit our memory, and the time that a delivery may take.
 ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
-# A commit in this process wakes the relay at once; another process's commit is found by polling.
-POLL_SECONDS = 0.05
-SHARDS_SECONDS = 2.0
+# A commit in this process wakes the relay at once; another process's commit is found by polling: soon after there was
+# something, less and less often while there is nothing.
+POLL_SECONDS_MIN, POLL_SECONDS = 0.005, 0.05
+# The shards are shared evenly. How many relays there are is counted so often; whoever lacks a part of its share looks sooner.
+SHARDS_SECONDS, LACKING_SECONDS = 2.0, 0.1
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
 STEADY_SECONDS = 5.0
 # What is not acknowledged for so long is given up with its producer, and sent again by a new one. A round has it twice:
@@ -168,6 +169,7 @@ class Relay:
         self._settings = settings
         self._wake = asyncio.Event()
         self._shards: set[int] = set()
+        self._share = 0
         self._slot = Slot(settings.outbox_slot) if settings.outbox_slot else None
         # Until when, by the loop's clock: what is held back, and the topics whose messages go one by one.
         self._held: dict[_Key, float] = {}
@@ -208,10 +210,15 @@ class Relay:
         try:
             await self._publish_from(connection)
         finally:
-            self._shards.clear()
-            if self._slot is not None:
-                self._slot.forget()
+            self._let_go()
             await connection.close(timeout=5)
+
+    def _let_go(self) -> None:
+        """A session that ends takes its shards with it."""
+        self._shards.clear()
+        self._share = 0
+        if self._slot is not None:
+            self._slot.forget()
 
     async def _publish_from(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         while True:
@@ -231,27 +238,49 @@ class Relay:
     ) -> None:
         try:
             loop = asyncio.get_running_loop()
-            look_for_shards = loop.time()
+            look_for_shards, poll_seconds = loop.time(), POLL_SECONDS
             while True:
                 if loop.time() >= look_for_shards:
                     await self._take_shards(connection)
-                    look_for_shards = loop.time() + SHARDS_SECONDS
+                    lacking = len(self._shards) < self._share
+                    pause = LACKING_SECONDS if lacking else SHARDS_SECONDS
+                    look_for_shards = loop.time() + pause
                 self._wake.clear()
-                if await self.publish_once(connection, producer) < ROWS_MAX:
+                count = await self.publish_once(connection, producer)
+                # All that was read is settled: here another may go on.
+                await self._give_shards_back(connection)
+                alone = self._share == SHARDS  # whatever is committed wakes us
+                poll_seconds = POLL_SECONDS_MIN if count and not alone else poll_seconds * 2
+                poll_seconds = min(poll_seconds, POLL_SECONDS)
+                if count < ROWS_MAX:
                     with suppress(TimeoutError):
                         # Not wait_for: before Python 3.12 it forgets a cancellation that meets the wake-up.
-                        async with asyncio.timeout(POLL_SECONDS):
+                        async with asyncio.timeout(poll_seconds):
                             await self._wake.wait()
         finally:
             await close_producer(producer)
 
     async def _take_shards(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
-        """Hold every shard that nobody holds; a session that ends lets go of its own."""
-        for shard in range(SHARDS):
-            if shard not in self._shards and await connection.fetchval(
-                SQL["take_shard"], SHARD_LOCKS, shard
-            ):
-                self._shards.add(shard)
+        """Hold our share of the shards, as far as nobody holds them; a session that ends lets go of its own."""
+        if not self._share:
+            await connection.execute(SQL["announce_relay"], SHARD_LOCKS, SHARDS)
+        relays = await connection.fetchval(SQL["count_relays"], SHARD_LOCKS, SHARDS)
+        self._share = -(-SHARDS // relays)
+        lacking = self._share - len(self._shards)
+        if lacking > 0:
+            others = list(set(range(SHARDS)) - self._shards)
+            rows = await connection.fetch(SQL["take_shards"], SHARD_LOCKS, others, lacking)
+            self._shards.update(row[0] for row in rows)
+
+    async def _give_shards_back(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Let go of what is above our share. Nothing of it may be on its way."""
+        more = sorted(self._shards)[self._share :]
+        if not more:
+            return
+        self._shards.difference_update(more)
+        if self._slot is not None:
+            self._slot.forget()
+        await connection.execute(SQL["give_shards_back"], SHARD_LOCKS, more)
 
     async def publish_once(
         self, connection: asyncpg.Connection[asyncpg.Record], producer: AIOKafkaProducer

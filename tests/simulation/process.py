@@ -338,7 +338,7 @@ class Process:
                 await self.relay._take_shards(self._relaying)
             return await self.relay.publish_once(self._relaying, self._producer) > 0
         except Exception:
-            self.relay._shards.clear()
+            self.relay._let_go()
             self._relaying.terminate()
             self._producer = ProducerEdge(self.log, self.edge)
             self._relaying = await database.connect(self.url, name="simulated relay")

@@ -210,7 +210,7 @@ async def others(world: World, before: set[int]) -> set[int]:
 async def publishers(world: World) -> set[int]:
     """The sessions that hold shards of the outbox; empty while not all are held."""
     rows = await world.database.fetch(
-        "SELECT pid, count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted "
+        "SELECT pid, count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted "
         "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) GROUP BY pid"
     )
     return {row["pid"] for row in rows} if sum(row["count"] for row in rows) == SHARDS else set()

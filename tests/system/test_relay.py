@@ -1,6 +1,7 @@
 """The relay's life: it ends when it is told to, whatever it was doing, and what the broker refuses stops nothing else."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -106,6 +107,51 @@ async def test_a_topic_that_is_gone_stops_no_other(
     await world.stop_workers()
 
 
+async def shares(database: asyncpg.Connection) -> list[int]:
+    """How many shards each relay holds that holds any."""
+    rows = await database.fetch(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND database = "
+        "(SELECT oid FROM pg_database WHERE datname = current_database()) GROUP BY pid ORDER BY 1 DESC"
+    )
+    return [row[0] for row in rows]
+
+
+async def test_relays_share_the_outbox_evenly(world: World) -> None:
+    """Whoever comes gets a part, whoever goes leaves it to the others, and each account's versions stay in order."""
+    users = [world.name("u") for _ in range(8)]
+    relays: list[asyncio.Task[None]] = []
+    worker = world.start_worker()  # it has a relay of its own
+
+    def comes() -> None:
+        relays.append(asyncio.create_task(Relay(world.settings).run()))
+
+    def goes() -> None:
+        relays.pop(0).cancel()
+
+    async def are_shared(parts: list[int]) -> bool:
+        return await shares(world.database) == parts
+
+    stages: list[tuple[Callable[[], None], list[int]]] = [
+        (comes, [8, 8]),
+        (comes, [6, 6, 4]),
+        (goes, [8, 8]),
+        (goes, [16]),
+    ]
+    await eventually(lambda: are_shared([16]))
+    for happens, parts in stages:
+        await world.publish_all(ACCOUNT, gifts(*users), partitions=[0])
+        happens()
+        await eventually(lambda parts=parts: are_shared(parts))
+
+    every = list(range(1, len(VERSIONS) * len(stages) + 1))
+    await world.until(lambda: all(versions(world, user)[-1:] == every[-1:] for user in users))
+    for user in users:
+        assert list(dict.fromkeys(versions(world, user))) == every
+    assert worker.fault is None
+    await world.check_books()
+    await world.stop_workers()
+
+
 async def test_a_relay_that_is_woken_and_stopped_at_once_ends(
     database_url: str, kafka_bootstrap: str, topic_prefix: str
 ) -> None:
@@ -115,11 +161,7 @@ async def test_a_relay_that_is_woken_and_stopped_at_once_ends(
     looking = await asyncpg.connect(database_url)
 
     async def holds_every_shard() -> bool:
-        query = (
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted "
-            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-        )
-        return await looking.fetchval(query) == SHARDS
+        return await shares(looking) == [SHARDS]
 
     try:
         for _ in range(5):

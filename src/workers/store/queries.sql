@@ -520,9 +520,23 @@ ON CONFLICT (worker_id) DO UPDATE SET topics = excluded.topics, beat_at = exclud
 -- A worker that stops says so; one that died is forgotten after a while.
 DELETE FROM heartbeats WHERE worker_id = $1 OR beat_at < clock_timestamp() - interval '1 hour';
 
--- name: take_shard
--- One publisher for each shard, as long as its session lives.
-SELECT pg_try_advisory_lock($1, $2);
+-- name: announce_relay
+-- A relay is here, as long as its session lives; any number of them hold this lock.
+SELECT pg_advisory_lock_shared($1, $2);
+
+-- name: count_relays
+-- How many have said so, and still live.
+SELECT count(*) FROM pg_locks
+WHERE locktype = 'advisory' AND mode = 'ShareLock' AND granted AND classid = $1::oid AND objid = $2::oid
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+
+-- name: take_shards
+-- One publisher for each shard, as long as its session lives: of these, so many at most.
+SELECT shard FROM unnest($2::integer[]) AS shard WHERE pg_try_advisory_lock($1, shard) LIMIT $3;
+
+-- name: give_shards_back
+-- Whoever lacks some takes them.
+SELECT pg_advisory_unlock($1, shard) FROM unnest($2::integer[]) AS shard;
 
 -- name: read_outbox
 -- The oldest rows of the owned shards, as many as stay below a number of bytes, and one at least. Never "after the last
