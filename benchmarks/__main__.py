@@ -108,6 +108,13 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--consumers", type=int, default=8, help="of the opponents without --tune (default 8)"
     )
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="of the worker in the backlogs; the opponents' tuning tries one and so many, without --tune they have so many "
+        "(default 1)",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a smoke run of everything: its figures mean nothing"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -139,6 +146,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         "--partitions must be 1 to 100": 1 <= options.partitions <= 100,
         "--batch-records must be 1 to 10000": 1 <= options.batch_records <= 10_000,
         "--consumers must be 1 to 64": 1 <= options.consumers <= 64,
+        "--processes must be 1 to 16": 1 <= options.processes <= 16,
         "--latency-seconds must be more than 0 and at most 3600": 0
         < options.latency_seconds
         <= 3600,
@@ -169,6 +177,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         repeat=options.repeat,
         tune_events=max(1000, min(3000, options.events // 5 // 2 * 2)) if options.tune else 0,
         consumers=options.consumers,
+        processes=options.processes,
         memory_events=options.memory_events,
         latency_rates=(100, 1000) if options.quick else LATENCY_RATES,
         latency_seconds=options.latency_seconds,
@@ -203,6 +212,7 @@ def _benchmark(options: argparse.Namespace, home: Path) -> tuple[Findings, dict[
         "smoke": options.quick,
         "partitions": options.partitions,
         "batch_records_max": options.batch_records,
+        "processes": options.processes,
         "history_events": HISTORY_EVENTS,
         "warm_up_events": WARM_UP_EVENTS * options.partitions,
         "machine": machine.describe(home),

@@ -87,7 +87,12 @@ async def one(
             await database.execute(PARTITION.format(count=partitions))
     kafka_before = on_disk(stage.home / "kafka" / "data")
     measured = await measure(
-        stage, work, Place(name, shared=True), subject, Variant(), say=lambda _: None
+        stage,
+        work,
+        Place(name, shared=True),
+        subject,
+        Variant(2 if subject == "two_workers" else 1),
+        say=lambda _: None,
     )
     events = len(work.warm_up) + len(work.timed)
     kafka = (on_disk(stage.home / "kafka" / "data") - kafka_before) / events

@@ -131,6 +131,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         "fsync_ms": _fsync_ms(folder),
+        "python_ms": _python_ms(),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
@@ -154,6 +155,33 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return {**found, "Kafka": KAFKA.rpartition(" ")[2]}
+
+
+def _python_ms() -> float:
+    """The least time of a small programme of attributes, tuples and dictionaries: one interpreter of a version may be half as
+    fast again as another, by how it was built.
+    """
+    taken = []
+    for _ in range(7):
+        started = time.perf_counter()
+        found: dict[str, tuple[int, str]] = {}
+        for number in range(50_000):
+            cost = _Cost(number, str(number))
+            found[cost.name] = (cost.credits, cost.name)
+            if cost.credits & 1:
+                del found[cost.name]
+        taken.append(time.perf_counter() - started)
+    return round(min(taken) * 1000, 1)
+
+
+class _Cost:
+    """What `_python_ms` makes many of."""
+
+    __slots__ = ("credits", "name")
+
+    def __init__(self, credits: int, name: str) -> None:
+        self.credits = credits
+        self.name = name
 
 
 def _fsync_ms(folder: Path) -> float:

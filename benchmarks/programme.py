@@ -45,6 +45,7 @@ class Plan:
     repeat: int
     tune_events: int
     consumers: int
+    processes: int
     memory_events: int
     latency_rates: tuple[int, ...]
     latency_seconds: float
@@ -67,6 +68,7 @@ class Plan:
         """How many runs there will be, if no tuning is disturbed and every opponent keeps up."""
         total = sum(len(CONSUMERS[one]) for one in self.tuned)
         total += 3 if "straightforward" in self.tuned else 0
+        total += 2 * len(self.tuned) if self.processes > 1 else 0
         limit = "copy_limit" in self.subjects and "worker" in self.subjects
         measured = [one for one in self.subjects if one != "copy_limit"]
         for case in self.backlogs:
@@ -113,7 +115,9 @@ class Programme:
         self._stage = stage
         self._display = display
         self._prepared: dict[str, Place] = {}
-        self.found = Findings(chosen={one: Variant(workers=plan.consumers) for one in OPPONENTS})
+        opponent = Variant(1 if plan.tune_events else plan.processes, workers=plan.consumers)
+        self._worker = Variant(plan.processes)
+        self.found = Findings(chosen=dict.fromkeys(OPPONENTS, opponent))
 
     async def run(self) -> None:
         """Measure what was asked for. Raises VoidError or SubjectError."""
@@ -166,6 +170,10 @@ class Programme:
                 replace(best, path="batch-of-one"),
             ):
                 await attempt(other)
+        if (processes := self._plan.processes) > 1:
+            best = _fastest(tried)
+            for workers in (best.workers, max(1, best.workers // processes)):
+                await attempt(replace(best, processes=processes, workers=workers))
         return _fastest(tried)
 
     async def _backlog(self, case: CaseName) -> None:
@@ -234,7 +242,7 @@ class Programme:
                 for subject in able if number % 2 == 0 else reversed(able):
                     self._display.begin(f"latency at {per_second:,}/s, {subject}, run {number + 1}")
                     one = await latency(
-                        self._stage, work, place, subject, replace(self._variant(subject), wake=True),
+                        self._stage, work, place, subject, replace(self._variant(subject), processes=1, wake=True),
                         per_second=per_second, say=self._display.phase,
                     )  # fmt: skip
                     rates = self.found.latency.setdefault(subject, {})
@@ -260,7 +268,8 @@ class Programme:
             effects: dict[str, Effects] = {}
             for subject in subjects if number % 2 == 0 else reversed(subjects):
                 name = f"processes, {subject.replace('_', ' ')}, run {number + 1}"
-                run = await self._one(name, work, place, subject, Variant())
+                variant = Variant(processes=2 if subject == "two_workers" else 1)
+                run = await self._one(name, work, place, subject, variant)
                 self._keep("processes", subject, run)
                 if run.effects is not None:
                     effects[subject] = run.effects
@@ -329,7 +338,7 @@ class Programme:
         runs.append(replace(run, written=None))
 
     def _variant(self, subject: str) -> Variant:
-        return self.found.chosen.get(subject, Variant())
+        return self.found.chosen.get(subject, self._worker)
 
     async def _place(self, work: Workload) -> Place:
         """The case's prepared database; the same events before the clock, the same database."""

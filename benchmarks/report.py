@@ -334,6 +334,7 @@ def _about_line(about: Mapping[str, Any]) -> str:
         f"{about['started_at']} · commit `{about['commit']}` · {about['events']:,} events, {about['repeat']} runs of each "
         f"subject in each case · {machine['processors']} processors ({machine['processor']}) · "
         f"{machine['memory_gib']} GiB · {machine['system']} · fsync {machine['fsync_ms']} ms · "
+        f"Python's pace {machine['python_ms']} ms · "
         f"load before {machine['load_before']} · {about['minutes']:.0f} min · {versions}"
     )
 
@@ -585,7 +586,7 @@ def _memory_and_start(report: Mapping[str, Any]) -> list[str]:
 def _tuning(report: Mapping[str, Any]) -> list[str]:
     rows = [
         [
-            NAMES[subject], str(one["workers"]),
+            NAMES[subject], str(one["processes"]), str(one["workers"]),
             one["path"] if subject == "straightforward" else "one call",
             "each" if one["ack"] == "each" else "every 0.2 s",
             "after each commit" if one["wake"] else "by polling",
@@ -599,7 +600,7 @@ def _tuning(report: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     columns = [
-        "opponent", "consumers", "path", "offsets committed", "relay looks", "events a second", "worker CPU", "PostgreSQL CPU",
+        "opponent", "processes", "consumers", "path", "offsets committed", "relay looks", "events a second", "worker CPU", "PostgreSQL CPU",
     ]  # fmt: skip
     chosen = "; ".join(
         f"{NAMES[subject]}: {tuning['chosen_text']}" for subject, tuning in report["tuning"].items()
@@ -617,7 +618,8 @@ def _tuning(report: Mapping[str, Any]) -> list[str]:
 
 
 _STAGE = """\
-All subjects are one process each, on the same PostgreSQL and Kafka (embedded, {partitions} partitions, `fsync` on), taking \
+Worker and opponents have {processes} process(es) in the backlogs, the opponents as their tuning says, and one in all other \
+cases, on the same PostgreSQL and Kafka (embedded, {partitions} partitions, `fsync` on), taking \
 turns within each repeat, each with a fresh copy of the same database and fresh topics. A database starts with a history of \
 {history_events:,} events, so that its tables and statistics are those of a database in service, and every subject is warmed \
 up by another {warm_up_events:,}. Only growth's ledgers are shared by their runs: they are too large to be copied.

@@ -165,7 +165,7 @@ async def started(
     command = arguments_of(subject, work.topics, variant)
     async with AsyncExitStack() as stack:
         processes = []
-        for number in range(2 if subject == "two_workers" else 1):
+        for number in range(variant.processes):
             log = stage.home / f"{subject}{number + 1}.log"
             process = Subject(command, settings, log, prefix=list(prefix))
             processes.append(await stack.enter_async_context(process))

@@ -24,8 +24,9 @@ STOP_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How a straightforward worker is tuned."""
+    """How a subject runs: in how many processes, and what else an opponent can be tuned by, each of its processes."""
 
+    processes: int = 1
     workers: int = 16
     path: str = "one-event"
     ack: str = "interval"
@@ -33,7 +34,8 @@ class Variant:
 
     def __str__(self) -> str:
         relay = "woken" if self.wake else "polls"
-        return f"{self.workers} consumers, {self.path}, ack {self.ack}, relay {relay}"
+        each = f"{self.processes} processes of " if self.processes > 1 else ""
+        return f"{each}{self.workers} consumers, {self.path}, ack {self.ack}, relay {relay}"
 
 
 class SubjectError(Exception):

@@ -34,6 +34,7 @@ TINY = Plan(
     repeat=1,
     tune_events=0,
     consumers=2,
+    processes=1,
     memory_events=400,
     latency_rates=(200,),
     latency_seconds=1.0,

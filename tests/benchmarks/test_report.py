@@ -62,6 +62,7 @@ def _report(worker: list[Measured] | None = None, **changes: Any) -> dict[str, A
         "smoke": False,
         "partitions": 6,
         "batch_records_max": 1000,
+        "processes": 1,
         "history_events": 4000,
         "warm_up_events": 600,
         "minutes": 3.0,
@@ -72,6 +73,7 @@ def _report(worker: list[Measured] | None = None, **changes: Any) -> dict[str, A
             "memory_gib": 8,
             "system": "Linux",
             "fsync_ms": 0.2,
+            "python_ms": 30.0,
             "load_before": 0.1,
         },
     }
