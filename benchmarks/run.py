@@ -41,7 +41,7 @@ from benchmarks.books import (
 from benchmarks.cases import WEBHOOK_SECRET, Event, Workload
 from benchmarks.machine import Cpu, Processes
 from benchmarks.statements import cost, count_statements_of
-from benchmarks.subjects import Subject, Variant, arguments_of
+from benchmarks.subjects import Subject, Variant, arguments_of, groups_of
 from workers.embedded import Servers
 from workers.embedded.processes import free_ports
 from workers.messages.outbound import CHANGED, shard_of
@@ -169,7 +169,33 @@ async def started(
             log = stage.home / f"{subject}{number + 1}.log"
             process = Subject(command, settings, log, prefix=list(prefix))
             processes.append(await stack.enter_async_context(process))
+        if len(processes) > 1:
+            await _all_joined(settings, groups_of(subject, work.topics, settings), processes)
         yield processes
+
+
+async def _all_joined(
+    settings: Settings, groups: Sequence[str], processes: Sequence[Subject]
+) -> None:
+    """Wait until every process has its part of every topic: what joins later would rebalance while the clock runs."""
+    deadline = time.perf_counter() + READY_SECONDS
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    await admin.start()
+    try:
+        lacking = set(groups)
+        while lacking:
+            for process in processes:
+                process.check()
+            if time.perf_counter() > deadline:
+                raise VoidError(f"not every process has joined {', '.join(sorted(lacking))}")
+            with suppress(KafkaError):  # nobody has joined yet, or its coordinator is being found
+                for response in await admin.describe_consumer_groups(list(lacking)):
+                    for _error, group, state, _type, _protocol, members, *_rest in response.groups:
+                        if state == "Stable" and len(members) == len(processes):
+                            lacking.discard(group)
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        await admin.close()
 
 
 async def measure(

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from workers.rights import group_of
 from workers.settings import Settings, require
 from workers.up.processes import SUPERVISED
 
@@ -52,6 +53,13 @@ def arguments_of(subject: str, topics: Sequence[str], variant: Variant) -> list[
         *("--workers", str(variant.workers), "--path", path, "--ack", variant.ack),
         "--wake" if variant.wake else "--no-wake",
     ]
+
+
+def groups_of(subject: str, topics: Sequence[str], settings: Settings) -> list[str]:
+    """The consumer groups of a subject's processes."""
+    if subject in {"worker", "two_workers"}:
+        return [group_of(settings, topic) for topic in topics]
+    return [f"{settings.topic_prefix}straightforward-{topic}" for topic in topics]
 
 
 class Subject:

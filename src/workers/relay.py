@@ -74,7 +74,7 @@ SHARD_LOCKS = 0x6F757462
 ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 # A commit in this process wakes the relay at once; another process's commit is found by polling: soon after there was
 # something, less and less often while there is nothing.
-POLL_SECONDS_MIN, POLL_SECONDS = 0.005, 0.05
+POLL_SECONDS_MIN, POLL_SECONDS = 0.02, 0.05
 # The shards are shared evenly. How many relays there are is counted so often; whoever lacks a part of its share looks sooner.
 SHARDS_SECONDS, LACKING_SECONDS = 2.0, 0.1
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
