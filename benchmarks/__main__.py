@@ -87,6 +87,11 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="length of each run of the case latency (default 4)",
     )
     parser.add_argument(
+        "--growth-events",
+        type=int,
+        help="timed events of each run of the case growth (default: 8 times those of the others)",
+    )
+    parser.add_argument(
         "--growth-accounts",
         type=int,
         default=1_000_000,
@@ -129,9 +134,10 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="measure nothing: write the documents of an earlier report",
     )
     options = parser.parse_args(arguments)
+    options.growth_events = options.growth_events or 8 * options.events
     if options.quick:
         options.events, options.repeat, options.tune = 1000, 1, False
-        options.memory_events, options.latency_seconds = 2000, 1.0
+        options.memory_events, options.growth_events, options.latency_seconds = 2000, 1000, 1.0
         options.growth_accounts, options.growth_entries = 20_000, 200_000
     _check(parser, options)
     return options  # fmt: skip
@@ -142,6 +148,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     right = {
         "--events must be even and at least 200": _even(options.events),
         "--memory-events must be even and at least 200": _even(options.memory_events),
+        "--growth-events must be even and at least 200": _even(options.growth_events),
         "--repeat must be at least 1": options.repeat >= 1,
         "--partitions must be 1 to 100": 1 <= options.partitions <= 100,
         "--batch-records must be 1 to 10000": 1 <= options.batch_records <= 10_000,
@@ -179,6 +186,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         consumers=options.consumers,
         processes=options.processes,
         memory_events=options.memory_events,
+        growth_events=options.growth_events,
         latency_rates=(100, 1000) if options.quick else LATENCY_RATES,
         latency_seconds=options.latency_seconds,
         starts=options.repeat + (0 if options.quick else 2),
@@ -213,6 +221,7 @@ def _benchmark(options: argparse.Namespace, home: Path) -> tuple[Findings, dict[
         "partitions": options.partitions,
         "batch_records_max": options.batch_records,
         "processes": options.processes,
+        "growth_events": options.growth_events,
         "history_events": HISTORY_EVENTS,
         "warm_up_events": WARM_UP_EVENTS * options.partitions,
         "machine": machine.describe(home),

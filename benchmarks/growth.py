@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,14 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
     url = at(server_url, name)
     await administer(server_url, f'DROP DATABASE IF EXISTS "{name}"', f'CREATE DATABASE "{name}"')
     await migrate(url)
-    # While rows are made, and only then, checkpoints are few.
+    return Place(name, shared=True), await _fill(url, size, say)
+
+
+@asynccontextmanager
+async def few_checkpoints(server_url: str) -> AsyncIterator[None]:
+    """While it is open, checkpoints are as far apart as a server's is that is set up for large ledgers: rows are made sooner,
+    and no run has one within.
+    """
     await administer(
         server_url,
         "ALTER SYSTEM SET max_wal_size = '4GB'",
@@ -135,7 +143,7 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
         "SELECT pg_reload_conf()",
     )
     try:
-        stored = await _fill(url, size, say)
+        yield
     finally:
         await administer(
             server_url,
@@ -144,7 +152,6 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
             "SELECT pg_reload_conf()",
             "CHECKPOINT",
         )
-    return Place(name, shared=True), stored
 
 
 async def _fill(url: str, size: Size, say: Callable[[str], None]) -> int:

@@ -47,6 +47,7 @@ class Plan:
     consumers: int
     processes: int
     memory_events: int
+    growth_events: int
     latency_rates: tuple[int, ...]
     latency_seconds: float
     starts: int
@@ -295,25 +296,30 @@ class Programme:
         """On ledgers of their own, which all runs share: they are too large to be copied."""
         server_url = self._stage.servers.database_url
         places: dict[str, tuple[Size, Place]] = {}
-        try:
-            for label, size in zip(("growth_small", "growth_large"), self._plan.sizes, strict=True):
-                self._display.begin("growth, making a ledger")
-                place, stored = await growth.fill(server_url, size, self._display.phase)
-                places[label] = size, place
-                self.found.ledgers[label] = size, stored
-                self._display.say(f"growth: {size}, {stored / 2**30:.2f} GiB")
-            for number in range(self._plan.repeat):
-                turns = list(places.items())
-                for label, (size, place) in turns if number % 2 == 0 else reversed(turns):
-                    work = growth_workload(
-                        size.accounts, self._plan.events, self._stage.partitions, number
+        async with growth.few_checkpoints(server_url):
+            try:
+                for label, size in zip(
+                    ("growth_small", "growth_large"), self._plan.sizes, strict=True
+                ):
+                    self._display.begin("growth, making a ledger")
+                    place, stored = await growth.fill(server_url, size, self._display.phase)
+                    places[label] = size, place
+                    self.found.ledgers[label] = size, stored
+                    self._display.say(f"growth: {size}, {stored / 2**30:.2f} GiB")
+                for number in range(self._plan.repeat):
+                    turns = list(places.items())
+                    for label, (size, place) in turns if number % 2 == 0 else reversed(turns):
+                        work = growth_workload(
+                            size.accounts, self._plan.growth_events, self._stage.partitions, number
+                        )
+                        name = f"growth, {size}, run {number + 1}"
+                        run = await self._one(name, work, place, "worker", Variant())
+                        self._keep(label, "worker", run)
+            finally:
+                for _, place in places.values():
+                    await administer(
+                        server_url, f'DROP DATABASE IF EXISTS "{place.name}" WITH (FORCE)'
                     )
-                    name = f"growth, {size}, run {number + 1}"
-                    run = await self._one(name, work, place, "worker", Variant())
-                    self._keep(label, "worker", run)
-        finally:
-            for _, place in places.values():
-                await administer(server_url, f'DROP DATABASE IF EXISTS "{place.name}" WITH (FORCE)')
 
     async def _one(
         self,

@@ -36,6 +36,7 @@ TINY = Plan(
     consumers=2,
     processes=1,
     memory_events=400,
+    growth_events=200,
     latency_rates=(200,),
     latency_seconds=1.0,
     starts=1,

@@ -63,6 +63,7 @@ def _report(worker: list[Measured] | None = None, **changes: Any) -> dict[str, A
         "partitions": 6,
         "batch_records_max": 1000,
         "processes": 1,
+        "growth_events": 8000,
         "history_events": 4000,
         "warm_up_events": 600,
         "minutes": 3.0,
