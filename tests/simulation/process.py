@@ -46,7 +46,7 @@ NAMES = {text: name for name, text in SQL.items()}
 # Statements that have no name of their own.
 WORDS = {"BEGIN": "begin", "COMMIT": "commit", "ROLLBACK": "rollback"}
 # Looking for shards is not about any record; it is done before a case begins.
-UNCOUNTED = frozenset({"take_shard", "reset"})
+UNCOUNTED = frozenset({"announce_relay", "count_relays", "take_shards", "reset"})
 
 Result = TypeVar("Result")
 # What may go wrong with a boundary: its name in, the kind of fault out.
