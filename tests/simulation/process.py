@@ -24,7 +24,6 @@ from workers import consumer as consuming
 from workers.batch import Ledger
 from workers.clock import settle_due
 from workers.consumer import Consumer
-from workers.messages.outbound import SHARDS
 from workers.relay import Relay
 from workers.settings import INBOUND_TOPICS, Settings
 from workers.sources import Sources
@@ -45,8 +44,10 @@ PARKED_ROUNDS_MAX = 20
 NAMES = {text: name for name, text in SQL.items()}
 # Statements that have no name of their own.
 WORDS = {"BEGIN": "begin", "COMMIT": "commit", "ROLLBACK": "rollback"}
-# Looking for shards is not about any record; it is done before a case begins.
-UNCOUNTED = frozenset({"announce_relay", "count_relays", "take_shards", "reset"})
+# Who has which shards is not about any record.
+UNCOUNTED = frozenset(
+    {"announce_relay", "count_relays", "take_shards", "give_shards_back", "reset"}
+)
 
 Result = TypeVar("Result")
 # What may go wrong with a boundary: its name in, the kind of fault out.
@@ -334,15 +335,16 @@ class Process:
     async def _publish(self) -> bool:
         """One round of the relay; whatever fails, its connection and its producer are made anew."""
         try:
-            if len(self.relay._shards) < SHARDS:
-                await self.relay._take_shards(self._relaying)
-            return await self.relay.publish_once(self._relaying, self._producer) > 0
+            await self.relay._take_shards(self._relaying)
+            published = await self.relay.publish_once(self._relaying, self._producer)
+            await self.relay._give_shards_back(self._relaying)
         except Exception:
             self.relay._let_go()
             self._relaying.terminate()
             self._producer = ProducerEdge(self.log, self.edge)
             self._relaying = await database.connect(self.url, name="simulated relay")
             raise
+        return published > 0
 
     async def stop(self) -> None:
         """End in order, for the next process to begin; a dead one's remains are put away."""
