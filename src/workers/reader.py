@@ -15,7 +15,7 @@ What comes waits for nobody: a poll lasts until there is something. FastStream s
 for as long as it had waited, and what comes meanwhile would wait too. aiokafka fetches ahead, once: it asks for nothing more of
 a partition whose records still lie here, and sends a broker one request at a time. So what lies here is as old as the batch
 before it, and a partition that was left out of a request waits until that comes back, half a second where the others are
-silent. Here a poll asks once more for what came since, and a request that leaves partitions out comes back at once.
+silent. Here a poll asks once more for what came since, and a request that leaves partitions out comes back soon.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ ROWS_MAX, ROUND_BYTES_MAX = 2000, 32 * 1024 * 1024
 # A commit in this process wakes the relay at once; another process's commit is found by polling: soon after there was
 # something, less and less often while there is nothing.
 POLL_SECONDS_MIN, POLL_SECONDS = 0.02, 0.05
-# The shards are shared evenly. How many relays there are is counted so often; whoever lacks a part of its share looks sooner.
+# The shards are shared evenly. How many relays there are is counted so often; whoever lacks a part of its share looks sooner
+# for a while, in which the others count too and give back.
 SHARDS_SECONDS, LACKING_SECONDS = 2.0, 0.1
 BACKOFF_SECONDS_MIN, BACKOFF_SECONDS_MAX = 0.1, 5.0
 STEADY_SECONDS = 5.0
@@ -238,18 +239,21 @@ class Relay:
     ) -> None:
         try:
             loop = asyncio.get_running_loop()
-            look_for_shards, poll_seconds = loop.time(), POLL_SECONDS
+            look_for_shards = hurry_until = loop.time()
+            poll_seconds = POLL_SECONDS
             while True:
                 if loop.time() >= look_for_shards:
+                    share = self._share
                     await self._take_shards(connection)
-                    lacking = len(self._shards) < self._share
-                    pause = LACKING_SECONDS if lacking else SHARDS_SECONDS
-                    look_for_shards = loop.time() + pause
+                    if self._share != share:
+                        hurry_until = loop.time() + 2 * SHARDS_SECONDS
+                    hurry = len(self._shards) < self._share and loop.time() < hurry_until
+                    look_for_shards = loop.time() + (LACKING_SECONDS if hurry else SHARDS_SECONDS)
                 self._wake.clear()
                 count = await self.publish_once(connection, producer)
                 # All that was read is settled: here another may go on.
                 await self._give_shards_back(connection)
-                alone = self._share == SHARDS  # whatever is committed wakes us
+                alone = self._share == SHARDS  # whatever a worker commits wakes us
                 poll_seconds = POLL_SECONDS_MIN if count and not alone else poll_seconds * 2
                 poll_seconds = min(poll_seconds, POLL_SECONDS)
                 if count < ROWS_MAX:
