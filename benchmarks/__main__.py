@@ -116,8 +116,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--processes",
         type=int,
         default=1,
-        help="of the worker in the backlogs; the opponents' tuning tries one and so many, without --tune they have so many "
-        "(default 1)",
+        help="of the worker in the backlogs; the opponents' tuning tries one and so many (default 1)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a smoke run of everything: its figures mean nothing"

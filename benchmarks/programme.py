@@ -116,7 +116,7 @@ class Programme:
         self._stage = stage
         self._display = display
         self._prepared: dict[str, Place] = {}
-        opponent = Variant(1 if plan.tune_events else plan.processes, workers=plan.consumers)
+        opponent = Variant(workers=plan.consumers)
         self._worker = Variant(plan.processes)
         self.found = Findings(chosen=dict.fromkeys(OPPONENTS, opponent))
 

@@ -41,7 +41,7 @@ from benchmarks.books import (
 from benchmarks.cases import WEBHOOK_SECRET, Event, Workload
 from benchmarks.machine import Cpu, Processes
 from benchmarks.statements import cost, count_statements_of
-from benchmarks.subjects import Subject, Variant, arguments_of, groups_of
+from benchmarks.subjects import Subject, Variant, arguments_of, groups_of, members_of
 from workers.embedded import Servers
 from workers.embedded.processes import free_ports
 from workers.messages.outbound import CHANGED, shard_of
@@ -170,12 +170,14 @@ async def started(
             process = Subject(command, settings, log, prefix=list(prefix))
             processes.append(await stack.enter_async_context(process))
         if len(processes) > 1:
-            await _all_joined(settings, groups_of(subject, work.topics, settings), processes)
+            members = len(processes) * members_of(subject, variant)
+            groups = groups_of(subject, work.topics, settings)
+            await _all_joined(settings, groups, members, processes)
         yield processes
 
 
 async def _all_joined(
-    settings: Settings, groups: Sequence[str], processes: Sequence[Subject]
+    settings: Settings, groups: Sequence[str], count: int, processes: Sequence[Subject]
 ) -> None:
     """Wait until every process has its part of every topic: what joins later would rebalance while the clock runs."""
     deadline = time.perf_counter() + READY_SECONDS
@@ -191,7 +193,7 @@ async def _all_joined(
             with suppress(KafkaError):  # nobody has joined yet, or its coordinator is being found
                 for response in await admin.describe_consumer_groups(list(lacking)):
                     for _error, group, state, _type, _protocol, members, *_rest in response.groups:
-                        if state == "Stable" and len(members) == len(processes):
+                        if state == "Stable" and len(members) == count:
                             lacking.discard(group)
             await asyncio.sleep(POLL_SECONDS)
     finally:

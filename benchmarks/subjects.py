@@ -62,6 +62,11 @@ def groups_of(subject: str, topics: Sequence[str], settings: Settings) -> list[s
     return [f"{settings.topic_prefix}straightforward-{topic}" for topic in topics]
 
 
+def members_of(subject: str, variant: Variant) -> int:
+    """How many members of a group one process is: FastStream gives each of its workers a consumer."""
+    return 1 if subject in {"worker", "two_workers"} else variant.workers
+
+
 class Subject:
     """One process under measurement. Use as an async context manager; leaving it ends the process."""
 
