@@ -191,10 +191,13 @@ async def _all_joined(
             if time.perf_counter() > deadline:
                 raise VoidError(f"not every process has joined {', '.join(sorted(lacking))}")
             with suppress(KafkaError):  # nobody has joined yet, or its coordinator is being found
-                for response in await admin.describe_consumer_groups(list(lacking)):
-                    for _error, group, state, _type, _protocol, members, *_rest in response.groups:
-                        if state == "Stable" and len(members) == count:
-                            lacking.discard(group)
+                for group in sorted(
+                    lacking
+                ):  # of several at once the client cannot read the answer
+                    (response,) = await admin.describe_consumer_groups([group])
+                    (_error, _group, state, _type, _protocol, members, *_rest) = response.groups[0]
+                    if state == "Stable" and len(members) == count:
+                        lacking.discard(group)
             await asyncio.sleep(POLL_SECONDS)
     finally:
         await admin.close()
