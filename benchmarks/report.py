@@ -623,8 +623,8 @@ def _tuning(report: Mapping[str, Any]) -> list[str]:
 
 
 _STAGE = """\
-Worker and opponents have {processes} process(es) in the backlogs, the opponents as their tuning says, and one in all other \
-cases, on the same PostgreSQL and Kafka (embedded, {partitions} partitions, `fsync` on), taking \
+In the backlogs the worker has {processes} process(es) and an opponent as many as its tuning found best, one where it was not \
+tuned; in all other cases each has one, on the same PostgreSQL and Kafka (embedded, {partitions} partitions, `fsync` on), taking \
 turns within each repeat, each with a fresh copy of the same database and fresh topics. A database starts with a history of \
 {history_events:,} events, so that its tables and statistics are those of a database in service, and every subject is warmed \
 up by another {warm_up_events:,}. Only growth's ledgers are shared by their runs: they are too large to be copied.
