@@ -298,7 +298,7 @@ def document(report: Mapping[str, Any]) -> str:
     head = [
         "# How fast it is, and how that was measured",
         "",
-        f"Generated from `reports/bench.json` by `{report['about']['command']} --document`; change it there.",
+        "Generated from `reports/bench.json` by `make bench`, as it stands at the end, with `--document`; change it there.",
     ]
     return _written(report, head, pictures=plots(report))
 
