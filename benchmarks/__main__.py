@@ -133,7 +133,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="measure nothing: write the documents of an earlier report",
     )
     options = parser.parse_args(arguments)
-    options.growth_events = options.growth_events or 8 * options.events
+    if options.growth_events is None:
+        options.growth_events = 8 * options.events
     if options.quick:
         options.events, options.repeat, options.tune = 1000, 1, False
         options.memory_events, options.growth_events, options.latency_seconds = 2000, 1000, 1.0

@@ -12,6 +12,8 @@ from benchmarks import __main__ as command
         (["--events", "201"], "--events must be even and at least 200"),
         (["--events", "100"], "--events must be even and at least 200"),
         (["--memory-events", "3"], "--memory-events must be even and at least 200"),
+        (["--growth-events", "0"], "--growth-events must be even and at least 200"),
+        (["--processes", "0"], "--processes must be 1 to 16"),
         (["--repeat", "0"], "--repeat must be at least 1"),
         (["--partitions", "0"], "--partitions must be 1 to 100"),
         (["--latency-seconds", "0"], "--latency-seconds must be more than 0 and at most 3600"),

@@ -118,6 +118,17 @@ async def test_two_worker_processes_share_a_backlog(stage: Stage):
     assert one.effects == two.effects
 
 
+async def test_every_subject_may_have_several_processes(stage: Stage):
+    """Over four topics, and as its tuning tries it: the clock starts when all of them have joined every group."""
+    mixed = await _found(stage, "mixed", processes=2)
+    assert mixed.cases["mixed"]["worker"][0].events == 200
+
+    subjects = ("straightforward", "sql_function")
+    tuned = await _found(stage, "uniform", processes=2, tune_events=200, subjects=subjects)
+    for subject in subjects:
+        assert 2 in {variant.processes for variant, _ in tuned.tried[subject]}
+
+
 async def test_growth_is_measured_on_ledgers_of_two_sizes(stage: Stage):
     """Both are as large as they were meant to be, the worker goes on from what is there, and nothing stays behind."""
     found = await _found(stage, "growth")

@@ -50,11 +50,11 @@ def totals(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_no_schedule_of_faults_loses_or_repeats_anything(
-    worlds: Worlds, totals: Counter[str], seed: int
+    worlds: Worlds, totals: Counter[str], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Deaths, lost replies, refused offsets, two owners of a partition, jumps of the clock: the books are whole."""
     async with worlds() as world:
-        told = await Schedule(world, seed).run()
+        told = await Schedule(world, seed).run(monkeypatch)
 
     totals.update({"records": told.records, "of which resent": told.resent}, **told.faults)
     assert told.findings == [], how_to_repeat(seed)
