@@ -232,7 +232,13 @@ def _benchmark(options: argparse.Namespace, home: Path) -> tuple[Findings, dict[
         EmbeddedStack(home, report=display.say) as stack,
     ):
         servers: Servers = prepare_counting(stack, stack.start())
-        stage = Stage(servers, home, options.partitions, options.batch_records)
+        stage = Stage(
+            servers,
+            home,
+            options.partitions,
+            options.batch_records,
+            restart_postgres=stack.restart_postgres,
+        )
         programme = Programme(plan, stage, display)
         uvloop.run(_measure(programme))
     return programme.found, {**about, "minutes": round((time.monotonic() - begun) / 60, 1)}

@@ -191,6 +191,16 @@ async def effects(
     return Effects(**dict(row or {}), accounts_digest=digest.hexdigest()[:16])
 
 
+async def read_in(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    """Have in the server's memory what is there after a while of service: rows of accounts and lots, and all indexes.
+    What was judged before a run has read whatever was asked for, and driven that out.
+    """
+    await connection.execute(
+        "SELECT public.pg_prewarm(oid) FROM pg_class WHERE relnamespace = 'credits'::regnamespace "
+        "AND (relkind = 'i' OR relname IN ('accounts', 'lots'))"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Before:
     """What was there when the clock started: effects, and the version of each account that the run touches."""

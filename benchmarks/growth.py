@@ -11,19 +11,27 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from benchmarks.books import ANALYSED, Place, administer, at, connected
 from benchmarks.cases import FUNDED_CREDITS, IMAGE_CREDITS
+from benchmarks.run import Stage
 from benchmarks.sql_function import install
 from workers.ledger.catalogue import DEFAULT_CATALOGUE, parse_catalogue
 from workers.store.migrations import migrate
 
 # Measured on filled ledgers: rows and indexes of an account with its lot; of an entry with its command and generation.
-ACCOUNT_BYTES, ENTRY_BYTES = 410, 1300
+ACCOUNT_BYTES, ENTRY_BYTES = 760, 1250
+# Of these, what any event may come to: rows of accounts and lots, and indexes. Rows of entries, commands and generations
+# are added at the end of their tables and not read again.
+ACCOUNT_BYTES_READ, ENTRY_BYTES_READ = 730, 190
+# A server's shared memory is at least PostgreSQL's default and at most this part of the machine's.
+BUFFERS_BYTES_MIN, MEMORY_SHARE_MAX = 128 << 20, 0.7
 # The write-ahead log between two checkpoints, and room to sort an index.
 SPARE_BYTES = 6 << 30
 ENTRIES_AT_ONCE = 200_000
@@ -51,6 +59,11 @@ class Size:
     def bytes(self) -> int:
         """About what it takes on disk."""
         return self.accounts * ACCOUNT_BYTES + self.entries * ENTRY_BYTES
+
+    @property
+    def bytes_read(self) -> int:
+        """About what of it a server has in memory that has served it for a while."""
+        return self.accounts * ACCOUNT_BYTES_READ + self.entries * ENTRY_BYTES_READ
 
     def __str__(self) -> str:
         return f"{self.accounts:,} accounts, {self.entries:,} entries"
@@ -132,26 +145,34 @@ async def fill(server_url: str, size: Size, say: Callable[[str], None]) -> tuple
 
 
 @asynccontextmanager
-async def few_checkpoints(server_url: str) -> AsyncIterator[None]:
-    """While it is open, checkpoints are as far apart as a server's is that is set up for large ledgers: rows are made sooner,
-    and no run has one within.
+async def set_up(stage: Stage, sizes: Sequence[Size]) -> AsyncIterator[Stage]:
+    """Have a server that is set up for ledgers so large, and the stage with it. What of them is read fits into its memory, and
+    checkpoints are so far apart that rows are made sooner and no run has one within.
     """
+    url = stage.servers.database_url
+    buffers = buffers_bytes(sizes, psutil.virtual_memory().total)
+    settings = {
+        "max_wal_size": "4GB",
+        "checkpoint_timeout": "30min",
+        "shared_buffers": f"{buffers >> 20}MB",
+    }
     await administer(
-        server_url,
-        "ALTER SYSTEM SET max_wal_size = '4GB'",
-        "ALTER SYSTEM SET checkpoint_timeout = '30min'",
-        "SELECT pg_reload_conf()",
+        url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in settings.items())
     )
+    await administer(url, "SELECT pg_reload_conf()")
+    if buffers > BUFFERS_BYTES_MIN and stage.restart_postgres is not None:
+        stage = replace(stage, servers=await asyncio.to_thread(stage.restart_postgres))
     try:
-        yield
+        yield stage
     finally:
-        await administer(
-            server_url,
-            "ALTER SYSTEM RESET max_wal_size",
-            "ALTER SYSTEM RESET checkpoint_timeout",
-            "SELECT pg_reload_conf()",
-            "CHECKPOINT",
-        )
+        await administer(url, *(f"ALTER SYSTEM RESET {name}" for name in settings))
+        await administer(url, "SELECT pg_reload_conf()", "CHECKPOINT")
+
+
+def buffers_bytes(sizes: Sequence[Size], memory_bytes: int) -> int:
+    """The shared memory of a server for these ledgers, on a machine with so much."""
+    read = sum(size.bytes_read for size in sizes)
+    return int(max(BUFFERS_BYTES_MIN, min(read, memory_bytes * MEMORY_SHARE_MAX)))
 
 
 async def _fill(url: str, size: Size, say: Callable[[str], None]) -> int:
@@ -190,6 +211,7 @@ async def _fill(url: str, size: Size, say: Callable[[str], None]) -> int:
         for table in ANALYSED:
             say(f"{size}: statistics of {table}")
             await connection.execute(f"VACUUM (ANALYZE) {table}")
+        await connection.execute("CREATE EXTENSION pg_prewarm SCHEMA public")
         return int(await connection.fetchval("SELECT pg_database_size(current_database())"))
 
 

@@ -294,9 +294,9 @@ class Programme:
 
     async def _growth(self) -> None:
         """On ledgers of their own, which all runs share: they are too large to be copied."""
-        server_url = self._stage.servers.database_url
         places: dict[str, tuple[Size, Place]] = {}
-        async with growth.few_checkpoints(server_url):
+        async with growth.set_up(self._stage, self._plan.sizes) as stage:
+            server_url = stage.servers.database_url
             try:
                 for label, size in zip(
                     ("growth_small", "growth_large"), self._plan.sizes, strict=True
@@ -310,10 +310,10 @@ class Programme:
                     turns = list(places.items())
                     for label, (size, place) in turns if number % 2 == 0 else reversed(turns):
                         work = growth_workload(
-                            size.accounts, self._plan.growth_events, self._stage.partitions, number
+                            size.accounts, self._plan.growth_events, stage.partitions, number
                         )
                         name = f"growth, {size}, run {number + 1}"
-                        run = await self._one(name, work, place, "worker", Variant())
+                        run = await self._one(name, work, place, "worker", Variant(), stage=stage)
                         self._keep(label, "worker", run)
             finally:
                 for _, place in places.values():
@@ -330,10 +330,11 @@ class Programme:
         variant: Variant,
         *,
         keep_rows: bool = False,
+        stage: Stage | None = None,
     ) -> Measured:
         self._display.begin(name)
         run = await measure(
-            self._stage, work, place, subject, variant,
+            stage or self._stage, work, place, subject, variant,
             say=self._display.phase, keep_rows=keep_rows,
         )  # fmt: skip
         self._display.end(_told(run))

@@ -35,6 +35,7 @@ from benchmarks.books import (
     copy_of,
     judge,
     look_before,
+    read_in,
     read_topic,
     version_of,
 )
@@ -65,13 +66,14 @@ _COMMITTED = "SELECT count(*) FROM commands WHERE key = ANY($1::text[])"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where runs take place."""
+    """Where runs take place. PostgreSQL can be started anew only where nobody else uses it."""
 
     servers: Servers
     home: Path
     partitions: int
     batch_records_max: int
     settle_seconds: float = SETTLE_SECONDS
+    restart_postgres: Callable[[], Servers] | None = None
     numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     def settings(self, database_url: str, prefix: str) -> Settings:
@@ -235,6 +237,9 @@ async def measure(
                 await asyncio.sleep(stage.settle_seconds)
                 await database.execute("CHECKPOINT")
                 before, begin = await look_before(database, work), await topic.ends()
+                if place.shared:
+                    say("reading in")
+                    await read_in(database)
                 pids = stage.processes(processes)
                 batches_before = [len(process.batches()) for process in processes]
                 last_ids = work.last_ids(stage.partitions)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 
@@ -344,6 +345,10 @@ async def test_the_clock_finds_few_due_accounts_among_many(
     assert all(looked <= 20 for looked in read.values()), read
     assert "accounts_by_allocation" in plan
     assert "Seq Scan" not in plan
+    # However many it thinks due, no more are fetched than asked for: of millions it would have helpers sort them.
+    assert [int(rows) <= 500 for rows in re.findall(r"Subquery Scan .* rows=(\d+)", plan)] == [
+        True
+    ] * 3
 
 
 async def test_spends_of_an_account_with_months_to_come_stay_hot(

@@ -362,6 +362,11 @@ SELECT (jsonb_populate_record(e, jsonb_build_object(
     'held_delta', 0, 'debt_delta', 0, 'previous_hash', e.hash, 'hash', sha256(e.hash)) || {changes})).*
 FROM entries e JOIN accounts a USING (account_id, version)
 """
+# The one behind it.
+BEHIND_NEXT = NEXT.replace(
+    "USING (account_id, version)", "ON a.account_id = e.account_id AND e.version = a.version + 1"
+)
+ENTRIES_READ = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relid = 'entries'::regclass"
 # Three such entries for everybody, the last one first.
 SEVERAL = """
 INSERT INTO entries
@@ -405,6 +410,7 @@ NO_TOTALS = [
     "UPDATE accounts SET version = version + 1 WHERE {ann}",
     "UPDATE accounts SET version = version - 1 WHERE {ann}",
     "UPDATE accounts SET chain_hash = sha256('') WHERE {ann}",
+    "UPDATE accounts SET updated_at = updated_at - interval '1 microsecond' WHERE {ann}",
     # Where an earlier entry left it.
     """UPDATE accounts a SET subscription = e.subscription_after, purchased = e.purchased_after, held = e.held_after,
                              debt = e.debt_after, version = e.version, chain_hash = e.hash
@@ -470,6 +476,34 @@ async def test_an_entry_begins_where_its_predecessor_ended(
     }
 
     assert found == dict.fromkeys([*NO_SUCCESSORS, *NO_FIRST], BEGINS)
+
+
+async def test_an_entry_follows_one_that_its_account_has_not_followed_yet(
+    one: asyncpg.Connection,
+) -> None:
+    """Entries of one transaction may come in several statements, before their account: each begins where the last ended."""
+    mine = f" WHERE a.{ANN}"
+    first, after = NEXT.format(changes="'{}'") + mine, BEHIND_NEXT + mine
+
+    assert await refusal(one, first, after.format(changes="'{}'")) is None
+    for what, changes in NO_SUCCESSORS.items():
+        assert await refusal(one, first, after.format(changes=changes)) == BEGINS, what
+
+
+async def test_an_entry_asks_for_no_older_one_of_a_rested_account(
+    books: asyncpg.Connection,
+) -> None:
+    """Where an account stands is at hand; its last entry is on a page that nobody may have in memory."""
+    planned = NEXT.format(changes="'{}'").replace(
+        "INSERT INTO entries", "CREATE TEMPORARY TABLE planned AS"
+    )
+    await books.execute(f"{planned} WHERE a.{ANN}")
+    async with books.transaction():
+        before = await books.fetchval(ENTRIES_READ)
+        await books.execute("INSERT INTO entries SELECT * FROM planned")
+        read = await books.fetchval(ENTRIES_READ) - before
+
+    assert read == 0
 
 
 async def test_an_account_stands_where_its_last_entry_left_it(

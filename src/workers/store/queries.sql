@@ -67,14 +67,16 @@ WITH RECURSIVE parties AS (
     UNION SELECT account_id FROM subscriptions WHERE subscription_id = ANY($5::text[])
     UNION SELECT 'org:' || organization_id FROM organisations WHERE organization_id = ANY($6::text[])
 ), heirs AS (
-    SELECT account_id::text COLLATE "C" AS account_id FROM parties WHERE account_id IS NOT NULL
     -- One by one, by key: as a join the planner would rather read every account there is.
-    UNION SELECT n.heir FROM (
-        SELECT (SELECT a.merged_into::text COLLATE "C" FROM accounts a WHERE a.account_id = heirs.account_id) AS heir
-        FROM heirs) n WHERE n.heir IS NOT NULL
+    SELECT p.account_id::text COLLATE "C" AS account_id, a.known, a.merged_into FROM parties p LEFT JOIN LATERAL (
+        SELECT true AS known, merged_into::text COLLATE "C" FROM accounts WHERE account_id = p.account_id OFFSET 0
+    ) a ON true WHERE p.account_id IS NOT NULL
+    UNION
+    SELECT h.merged_into, a.known, a.merged_into FROM heirs h LEFT JOIN LATERAL (
+        SELECT true AS known, merged_into::text COLLATE "C" FROM accounts WHERE account_id = h.merged_into OFFSET 0
+    ) a ON true WHERE h.merged_into IS NOT NULL
 )
-SELECT account_id, (SELECT EXISTS (SELECT FROM generations WHERE released_to IS NOT NULL AND state = 'held')),
-       (SELECT true FROM accounts a WHERE a.account_id = heirs.account_id) AS known
+SELECT account_id, (SELECT EXISTS (SELECT FROM generations WHERE released_to IS NOT NULL AND state = 'held')), known
 FROM heirs;
 
 -- name: find_linked_parties
@@ -597,17 +599,17 @@ DELETE FROM outbox WHERE sequence = ANY($1::bigint[]);
 SELECT account_id FROM (
     SELECT account_id FROM generations
     WHERE state = 'held' AND deadline_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
-    ORDER BY deadline_at) lapsed
+    ORDER BY deadline_at LIMIT $1) lapsed
 UNION
 SELECT account_id FROM (
     SELECT account_id FROM lots
     WHERE open AND expires_at <= (SELECT clock_timestamp()) AND remaining > held AND account_id <> ALL($2::text[])
-    ORDER BY expires_at) expired
+    ORDER BY expires_at LIMIT $1) expired
 UNION
 SELECT account_id FROM (
     SELECT account_id FROM accounts
     WHERE allocate_at <= (SELECT clock_timestamp()) AND account_id <> ALL($2::text[])
-    ORDER BY allocate_at) began
+    ORDER BY allocate_at LIMIT $1) began
 LIMIT $1;
 
 -- name: claim_patrol
