@@ -183,7 +183,7 @@ async def overtaken(stage: Stage, at: str) -> None:
 
 async def no_row_lock(patch: Patch, world: World) -> None:
     """Accounts are read without being locked."""
-    patch.setitem(SQL, "lock_accounts", SQL["lock_accounts"].removesuffix("FOR UPDATE"))
+    patch.setitem(SQL, "lock_accounts", SQL["lock_accounts"].replace("FOR UPDATE", ""))
     await world.owner.execute(NO_TRIGGERS)
     await world.owner.execute("ALTER TABLE entries DROP CONSTRAINT entries_pkey")
 
@@ -425,7 +425,10 @@ async def the_clock_goes_back(stage: Stage) -> list[Finding]:
     stage.send(stage.tell.grant("ann", 5))
     await process.drain()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SQL, "read_clock", "SELECT clock_timestamp() - interval '1 hour'")
+        slow = SQL["lock_accounts"].replace(
+            "clock_timestamp()", "clock_timestamp() - interval '1 hour'"
+        )
+        patch.setitem(SQL, "lock_accounts", slow)
         stage.send(stage.tell.grant("ann", 5))
         await process.drain()
     return await stage.verdict()

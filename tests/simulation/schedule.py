@@ -29,7 +29,7 @@ RECORDS, TURNS = 40, 700
 # How long a worker may take to its next boundary before the database is asked whether it waits for a lock.
 LOOK_SECONDS = 0.005
 # The database's clock, where it decides and where it says for whom something is due: they must never disagree.
-CLOCKS = {name: SQL[name] for name in ("read_clock", "find_due_accounts")}
+CLOCKS = {name: SQL[name] for name in ("lock_accounts", "read_clock", "find_due_accounts")}
 BLOCKED = """
 SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = ANY($1::int[]) AND wait_event_type = 'Lock'
 """

@@ -328,9 +328,11 @@ async def test_what_is_due_and_gets_no_entry_waits_for_the_next_tick(
     """A clock that steps back between finding and deciding must not make a worker look again and again."""
     await ledger.apply([grant("ann", 10), request("g1", "ann")])
     await owner.execute(LAPSE)
-    earlier = "SELECT clock_timestamp() - interval '1 hour'"
+    earlier = SQL["lock_accounts"].replace(
+        "clock_timestamp()", "clock_timestamp() - interval '1 hour'"
+    )
     with monkeypatch.context() as patch:
-        patch.setitem(SQL, "read_clock", earlier)
+        patch.setitem(SQL, "lock_accounts", earlier)
         assert await settle_due(ledger, lambda _report: None) == 0
 
     assert await settle_due(ledger, lambda _report: None) == 1

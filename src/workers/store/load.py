@@ -84,10 +84,13 @@ async def load(
     locked, unknown = await _find_parties(connection, reach, money)
     if unknown:
         await connection.execute(SQL["create_accounts"], unknown)
+    now: datetime
     if locked:
-        for row in await connection.fetch(SQL["lock_accounts"], locked):
-            state.accounts[row["account_id"]] = _account(row)
-    now: datetime = await connection.fetchval(SQL["read_clock"])
+        rows = await connection.fetch(SQL["lock_accounts"], locked)
+        state.accounts = {row["account_id"]: _account(row) for row in rows}
+        now = rows[-1]["locked_at"]
+    else:
+        now = await connection.fetchval(SQL["read_clock"])
     await _load_commands(connection, state, reach.command_keys)
     if money:
         await _load_payments(connection, state, money)
