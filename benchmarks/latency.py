@@ -3,6 +3,9 @@
 Open loop: every event has a time at which it is due, whatever became of those before it, and its latency counts from
 then. A subject that stalls is therefore charged for every event that was due meanwhile, and so are we where our own
 publisher falls behind, which is told beside the figures.
+
+The pace is kept for some seconds before events count: a steady state is asked for, and it begins when processes have done
+each thing a few times and the pages that a checkpoint left clean have been written whole once.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from workers.settings import Settings
 
 # The first event is due so long after the publisher is ready.
 LEAD_SECONDS = 0.2
+# For so long events come at the same pace and do not count.
+STEADY_AFTER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One run: milliseconds from the time an event was due until its message was seen."""
+    """One run, from when its pace was steady: milliseconds from the time an event was due until its message was seen."""
 
     events: int
     per_second: int
@@ -51,7 +56,9 @@ async def latency(
     per_second: int,
     say: Callable[[str], None],
 ) -> Latency:
-    """Publish a workload's events at a steady pace, one by one. Raises VoidError when some never come out."""
+    """Publish a workload's events at a steady pace, one by one; the last of them count. Raises VoidError when some never
+    come out.
+    """
     async with (
         fresh(stage, place) as (settings, url),
         connected(url) as database,
@@ -76,8 +83,15 @@ async def latency(
             raise VoidError(f"{missing} messages did not come out:\n{told}") from None
         finally:
             watching.cancel()
-    found = judged(due, sent, seen, per_second=per_second, ended=ended)
+    steady = work.timed[uncounted(per_second) :]
+    counted = {event.id: due[event.id] for event in steady}
+    found = judged(counted, sent, seen, per_second=per_second, ended=ended)
     return replace(found, foreign_share=round(foreign, 4))
+
+
+def uncounted(per_second: int) -> int:
+    """How many events are published before they count."""
+    return int(STEADY_AFTER_SECONDS * per_second)
 
 
 def judged(

@@ -11,7 +11,7 @@ from benchmarks import growth
 from benchmarks.books import Effects, Place, administer, prepare, same
 from benchmarks.cases import CASES, CaseName, Workload, growth_workload, workload
 from benchmarks.growth import Size
-from benchmarks.latency import Latency, latency
+from benchmarks.latency import Latency, latency, uncounted
 from benchmarks.progress import Display
 from benchmarks.run import Measured, Stage, Start, Written, copy_limit, measure, start
 from benchmarks.subjects import Variant
@@ -235,8 +235,9 @@ class Programme:
         plan = self._plan
         subjects = [one for one in plan.subjects if one in {"worker", "straightforward"}]
         for per_second in plan.latency_rates:
-            count = max(200, int(per_second * plan.latency_seconds) // 2 * 2)
-            work = workload("uniform", count, self._stage.partitions)
+            count = max(200, int(per_second * plan.latency_seconds))
+            published = (uncounted(per_second) + count) // 2 * 2
+            work = workload("uniform", published, self._stage.partitions)
             place = await self._place(work)
             able = [one for one in subjects if self._keeps_up(one, per_second)]
             for number in range(plan.repeat):

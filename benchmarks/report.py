@@ -10,7 +10,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.latency import Latency
+from benchmarks.latency import STEADY_AFTER_SECONDS, Latency
 from benchmarks.plots import Bar, Line, bars, lines
 from benchmarks.programme import (
     ALL_CASES,
@@ -498,7 +498,8 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
         "",
         (
             "From the time an event was due to be published until its `credit.changed` was in a subscriber's hands: median over the "
-            "runs (least – greatest). Open loop: an event is due when it is due, whatever became of those before it. The relay of "
+            "runs (least – greatest). Open loop: an event is due when it is due, whatever became of those before it. Those of the "
+            f"first {STEADY_AFTER_SECONDS:.0f} seconds of a run do not count: its processes have just begun. The relay of "
             "the straightforward worker is woken after each commit here. The last column is how late our own publisher was, which "
             "the others contain."
         ),
