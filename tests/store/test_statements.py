@@ -11,17 +11,14 @@ import asyncpg
 import pytest
 
 from workers.batch import Ledger
-from workers.clock import settle_due
 from workers.ledger.catalogue import Alerts
 from workers.ledger.commands import Action, AsOf, RecordSubscription
 from workers.ledger.model import add_months
-from workers.operations.audit import audit
 from workers.patrol import patrol
 from workers.store.database import open_pool
 from workers.store.ids import new_ids
 from workers.store.set_aside import Work
 
-from . import life
 from .commands_kit import START, Books, InMemory, give_back, memory, pay
 from .kit import (
     adjust,
@@ -404,27 +401,3 @@ async def test_who_names_no_organisation_pays_no_statement_for_them(
     assert len(statements) > 10
     own = [one for one in statements if "organisations" in one or "member_id = ANY" in one]
     assert [one for one in own if "RECURSIVE" not in one] == []
-
-
-# What a session may leave for its next user: settings, cursors, channels, locks. The driver turns `jit` off and on for itself.
-LEFT = """
-SELECT 'setting ' || name || ' ' || setting FROM pg_settings WHERE source = 'session' AND name <> 'jit'
-UNION ALL SELECT 'cursor ' || name FROM pg_cursors WHERE name <> ''
-UNION ALL SELECT 'channel ' || c FROM pg_listening_channels() c
-UNION ALL SELECT 'lock ' || objid FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()
-"""
-
-
-async def test_a_connection_goes_back_to_its_pool_as_it_came(database_url: str) -> None:
-    """Nobody undoes what a session has set, because nothing sets more than its transaction."""
-    async with await open_pool(database_url, size_max=1, name="tests") as pool:
-        before = await pool.fetch(LEFT)
-        ledger = ledger_over(pool)
-        await ledger.apply([*life.first(), *life.second()])
-        await settle_due(ledger, lambda _report: None)
-        await patrol(pool, Alerts(), new_ids(), every_seconds=0, lag_seconds=0, rows_max=100)
-        await audit(pool)
-        with pytest.raises(asyncpg.PostgresError):
-            await pool.execute("SELECT 1 / 0")
-
-        assert await pool.fetch(LEFT) == before == []

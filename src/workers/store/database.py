@@ -114,15 +114,7 @@ async def open_pool(
             timeout=CONNECT_SECONDS,
             command_timeout=STATEMENT_MS / 1000 + 5,
             server_settings=_session(role, name),
-            reset=_keep,
         )
-
-
-async def _keep(_connection: object) -> None:
-    """Give a connection back as it is; what it left open is rolled back all the same. The driver's own four statements, which
-    undo what a session may have set, cost a small batch a round trip of its eighteen. Here nothing sets more than its
-    transaction.
-    """
 
 
 async def connect(
