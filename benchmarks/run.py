@@ -55,6 +55,8 @@ POLL_SECONDS = 0.01
 # A run in which nothing more is committed for so long will not end.
 STALLED_SECONDS = 60.0
 READY_SECONDS = 60.0
+# Each member that joins a group waits until the others hear of it, some seconds; an opponent may have eight of each of four.
+JOINED_SECONDS = 240.0
 WARM_UP_ROUNDS = 8
 # So many records wait for their acknowledgement at a time: a million would take gigabytes.
 SENT_AT_ONCE = 20_000
@@ -182,7 +184,7 @@ async def _all_joined(
     settings: Settings, groups: Sequence[str], count: int, processes: Sequence[Subject]
 ) -> None:
     """Wait until every process has its part of every topic: what joins later would rebalance while the clock runs."""
-    deadline = time.perf_counter() + READY_SECONDS
+    deadline = time.perf_counter() + JOINED_SECONDS
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
     await admin.start()
     try:
