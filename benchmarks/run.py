@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from benchmarks.books import (
 from benchmarks.cases import WEBHOOK_SECRET, Event, Workload
 from benchmarks.machine import Cpu, Processes
 from benchmarks.statements import cost, count_statements_of
-from benchmarks.subjects import Subject, Variant, arguments_of, groups_of, members_of
+from benchmarks.subjects import Subject, Variant, arguments_of, groups_of
 from workers.embedded import Servers
 from workers.embedded.processes import free_ports
 from workers.messages.outbound import CHANGED, shard_of
@@ -55,8 +55,6 @@ POLL_SECONDS = 0.01
 # A run in which nothing more is committed for so long will not end.
 STALLED_SECONDS = 60.0
 READY_SECONDS = 60.0
-# Each member that joins a group waits until the others hear of it, some seconds; an opponent may have eight of each of four.
-JOINED_SECONDS = 240.0
 WARM_UP_ROUNDS = 8
 # So many records wait for their acknowledgement at a time: a million would take gigabytes.
 SENT_AT_ONCE = 20_000
@@ -174,17 +172,16 @@ async def started(
             process = Subject(command, settings, log, prefix=list(prefix))
             processes.append(await stack.enter_async_context(process))
         if len(processes) > 1:
-            members = len(processes) * members_of(subject, variant)
-            groups = groups_of(subject, work.topics, settings)
-            await _all_joined(settings, groups, members, processes)
+            groups = groups_of(subject, variant, work.topics, settings)
+            await _all_joined(settings, groups, processes)
         yield processes
 
 
 async def _all_joined(
-    settings: Settings, groups: Sequence[str], count: int, processes: Sequence[Subject]
+    settings: Settings, groups: Mapping[str, int], processes: Sequence[Subject]
 ) -> None:
     """Wait until every process has its part of every topic: what joins later would rebalance while the clock runs."""
-    deadline = time.perf_counter() + JOINED_SECONDS
+    deadline = time.perf_counter() + READY_SECONDS
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
     await admin.start()
     try:
@@ -200,7 +197,7 @@ async def _all_joined(
                 ):  # of several at once the client cannot read the answer
                     (response,) = await admin.describe_consumer_groups([group])
                     (_error, _group, state, _type, _protocol, members, *_rest) = response.groups[0]
-                    if state == "Stable" and len(members) == count:
+                    if state == "Stable" and len(members) == len(processes) * groups[group]:
                         lacking.discard(group)
             await asyncio.sleep(POLL_SECONDS)
     finally:

@@ -77,7 +77,7 @@ class Straightforward:
         )
         pool = await open_pool(url, size_max=max(2, workers), name="straightforward")
         ledger = Ledger(pool, sources, catalogue, parked_deadline_seconds=86_400)
-        shares = _shares(workers, self._options.topics)
+        shares = shares_of(workers, self._options.topics)
         match self._options.path:
             case "one-event":
                 path = OneEvent(sources, catalogue, ledger)
@@ -171,7 +171,7 @@ class Straightforward:
                         await consumer.commit(taken)
 
 
-def _shares(workers: int, topics: Sequence[str]) -> dict[str, int]:
+def shares_of(workers: int, topics: Sequence[str]) -> dict[str, int]:
     """How many consumers each topic gets: most events of several topics are generations."""
     if len(topics) == 1:
         return {topics[0]: workers}

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from benchmarks.straightforward import shares_of
 from workers.rights import group_of
 from workers.settings import Settings, require
 from workers.up.processes import SUPERVISED
@@ -55,16 +56,17 @@ def arguments_of(subject: str, topics: Sequence[str], variant: Variant) -> list[
     ]
 
 
-def groups_of(subject: str, topics: Sequence[str], settings: Settings) -> list[str]:
-    """The consumer groups of a subject's processes."""
+def groups_of(
+    subject: str, variant: Variant, topics: Sequence[str], settings: Settings
+) -> dict[str, int]:
+    """The consumer groups of a subject's processes, and how many members of each one process is."""
     if subject in {"worker", "two_workers"}:
-        return [group_of(settings, topic) for topic in topics]
-    return [f"{settings.topic_prefix}straightforward-{topic}" for topic in topics]
-
-
-def members_of(subject: str, variant: Variant) -> int:
-    """How many members of a group one process is: FastStream gives each of its workers a consumer."""
-    return 1 if subject in {"worker", "two_workers"} else variant.workers
+        return {group_of(settings, topic): 1 for topic in topics}
+    # FastStream gives each of its workers a consumer.
+    return {
+        f"{settings.topic_prefix}straightforward-{topic}": members
+        for topic, members in shares_of(variant.workers, topics).items()
+    }
 
 
 class Subject:

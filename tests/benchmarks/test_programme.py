@@ -20,7 +20,7 @@ from benchmarks.cases import workload
 from benchmarks.growth import NoRoomError, Size, check_room, fill
 from benchmarks.programme import CASES, Findings, Plan, Programme
 from benchmarks.run import Stage, Start
-from benchmarks.subjects import SubjectError
+from benchmarks.subjects import SubjectError, Variant, groups_of
 
 from benchmarks import cases, programme
 from workers.embedded import Servers
@@ -122,6 +122,10 @@ async def test_every_subject_may_have_several_processes(stage: Stage):
     """Over four topics, and as its tuning tries it: the clock starts when all of them have joined every group."""
     mixed = await _found(stage, "mixed", processes=2)
     assert mixed.cases["mixed"]["worker"][0].events == 200
+    settings = stage.settings(stage.servers.database_url, "tests.")
+    topics = workload("mixed", 200, stage.partitions).topics
+    each = groups_of("straightforward", Variant(2, workers=4), topics, settings)
+    assert sorted(each.values()) == [1, 1, 1, 2]
 
     subjects = ("straightforward", "sql_function")
     tuned = await _found(stage, "uniform", processes=2, tune_events=200, subjects=subjects)
