@@ -15,7 +15,9 @@ What comes waits for nobody: a poll lasts until there is something. FastStream s
 for as long as it had waited, and what comes meanwhile would wait too. aiokafka fetches ahead, once: it asks for nothing more of
 a partition whose records still lie here, and sends a broker one request at a time. So what lies here is as old as the batch
 before it, and a partition that was left out of a request waits until that comes back, half a second where the others are
-silent. Here a poll asks once more for what came since, and a request that leaves partitions out comes back soon.
+silent. Here nothing is fetched ahead by whoever has read all there is: it is asked for when the batch before is committed, and
+then all that came meanwhile comes at once. Behind a backlog fetching goes on, and a request that leaves partitions out comes
+back soon. Where records of one broker have lain here since the last batch, a poll asks once more for what the others have.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ ASK_AGAIN_SECONDS = 1.0
 # A request that leaves partitions out waits so long for so many bytes: then theirs can go.
 PARTIAL_WAIT_MS, PARTIAL_BYTES = 10, 64 * 1024
 # Records that lie here for longer were fetched before the last batch; what came since is waited for so long.
-LYING_SECONDS, NEWER_MS = 0.002, 3
+LYING_SECONDS, NEWER_MS = 0.005, 3
 NOT_ALLOWED = (TopicAuthorizationFailedError, GroupAuthorizationFailedError)
 
 _Polled: TypeAlias = dict[TopicPartition, list[ConsumerRecord[Any, Any]]]
@@ -56,20 +58,33 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
     """
 
     refusal: Exception | None = None
+    # Whether there was more than the last poll brought, and whether a poll waits or will be next.
+    _behind, _asking = True, False
 
     async def start(self) -> None:
-        """As aiokafka's, whose requests wait as long for what they ask as for what they leave out."""
+        """As aiokafka's, which would fetch ahead always, and whose requests wait as long for what they ask as for what they
+        leave out.
+        """
         await super().start()
         fetcher = self._fetcher
         all_requests = fetcher._get_actions_per_node  # noqa: SLF001 - it has no setting for this
 
         def requests(assignment: Any) -> Any:
             sent, *rest = all_requests(assignment)
+            # What a paused partition has left here is nobody's turn, and keeps the others from nothing.
+            to_take = fetcher._records.keys() - self.paused()  # noqa: SLF001
+            if not self._behind and (to_take or not self._asking):
+                return [], *rest
             for _, request in sent if fetcher._records else ():  # noqa: SLF001
                 request._max_wait_ms, request._min_bytes = PARTIAL_WAIT_MS, PARTIAL_BYTES  # noqa: SLF001
             return sent, *rest
 
         fetcher._get_actions_per_node = requests  # noqa: SLF001
+
+    async def commit(self, offsets: Any = None) -> None:
+        """As aiokafka's. A poll follows, and is asked for beside."""
+        self._ask()
+        await super().commit(offsets)
 
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int = 0, max_records: int | None = None
@@ -79,6 +94,15 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
 
         Raises what reading a partition raised, if the others have nothing to return.
         """
+        self._ask()
+        try:
+            return await self._poll(partitions, timeout_ms, max_records)
+        finally:
+            self._asking, self._behind = False, self._is_behind()
+
+    async def _poll(
+        self, partitions: Collection[TopicPartition], timeout_ms: int, max_records: int | None
+    ) -> _Polled:
         most = max_records or sys.maxsize
         batch = -(-most // BATCHES_MAX)
         taken: _Polled = {}
@@ -128,6 +152,25 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
             except Exception as error:
                 failure = error
         return failure
+
+    def _ask(self) -> None:
+        """Let requests go, if none goes by itself."""
+        self._asking = True
+        waits = self._fetcher._wait_consume_future if self._fetcher else None  # noqa: SLF001
+        if waits is not None and not self._behind:
+            self._fetcher._notify(waits)  # noqa: SLF001
+
+    def _is_behind(self) -> bool:
+        """Whether the broker had more, when it was last asked, than was taken."""
+        subscription = self._subscription.subscription
+        assignment = subscription.assignment if subscription else None
+        states = map(assignment.state_value, assignment.tps) if assignment else ()
+        return any(
+            state.highwater is not None
+            and state.has_valid_position
+            and state.position < state.highwater
+            for state in states
+        )
 
     def _fetched(self, partitions: Collection[TopicPartition]) -> list[TopicPartition]:
         """The partitions of which something has come, the longest ago first: none waits behind one that is always full."""

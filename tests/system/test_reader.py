@@ -98,14 +98,13 @@ async def test_fetching_that_ends_by_itself_is_begun_anew(world: World) -> None:
         first = await reader.getmany(timeout_ms=10_000, max_records=1)
         proceed = reader._fetcher._proc_fetch_request
         reader._fetcher._proc_fetch_request = fails
-        await reader.getmany(
-            timeout_ms=10_000
-        )  # what was fetched already; now the next fetch is begun
+        await reader.getmany(timeout_ms=10_000)  # what was fetched already
+        polling = asyncio.create_task(reader.getmany(timeout_ms=100))
         await eventually(has_ended)
         reader._fetcher._proc_fetch_request = proceed
         await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
 
-        after = await reader.getmany(timeout_ms=10_000)
+        after = await polling
 
         assert [record.offset for record in first[partition]] == [start]
         assert [record.offset for record in after[partition]] == [start + 2]
@@ -226,3 +225,76 @@ async def test_a_partition_does_not_wait_for_the_silence_of_others(world: World)
                 read += (await reader.getmany(timeout_ms=1000))[busy]
 
     assert [record.offset for record in read] == list(range(start, start + 5))
+
+
+async def test_whoever_has_read_everything_fetches_nothing_ahead(world: World) -> None:
+    """What comes while a batch is applied comes with the next poll, all of it: nothing lies here and grows old."""
+    numbers = range(PARTITIONS)
+    async with reading(world, *numbers) as reader:
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        first = await reader.getmany(timeout_ms=1000)
+
+        await world.publish_all(ACCOUNT, [("weather.changed", {})] * 6, partitions=numbers)
+        lying, asked = dict(reader._fetcher._records), set(reader._fetcher._in_flight)
+        second = await reader.getmany(timeout_ms=1000)
+
+    assert [len(records) for records in first.values()] == [1]
+    assert (lying, asked) == ({}, set())
+    assert [len(records) for records in second.values()] == [2] * PARTITIONS
+
+
+async def test_whoever_is_behind_fetches_ahead(world: World) -> None:
+    """Behind a backlog the next records are on their way while a batch is applied."""
+    async with reading(world, 0, 1) as reader:
+        await world.publish_all(ACCOUNT, [("weather.changed", {})] * 8, partitions=[0])
+        await reader.getmany(timeout_ms=1000, max_records=1)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[1])
+
+        async def has_fetched() -> bool:
+            return any(partition.partition == 1 for partition in reader._fetcher._records)
+
+        await eventually(has_fetched)
+
+
+async def test_a_commit_asks_for_what_the_next_poll_will_bring(world: World) -> None:
+    """While the broker writes down what was read, it sends what came since."""
+    partition = TopicPartition(world.settings.topic(ACCOUNT), 0)
+    start = (await world.ends(ACCOUNT))[ACCOUNT, 0]
+    reader = Reader(
+        bootstrap_servers=world.settings.kafka_bootstrap, group_id=world.name("readers"), enable_auto_commit=False
+    )  # fmt: skip
+    reader.assign([partition])
+    async with reader:
+        reader.seek(partition, start)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        await reader.getmany(timeout_ms=1000)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+
+        await reader.commit({partition: start + 1})
+
+        async def has_fetched() -> bool:
+            return partition in reader._fetcher._records
+
+        await eventually(has_fetched)
+
+
+async def test_what_a_paused_partition_left_here_keeps_the_others_from_nothing(
+    world: World,
+) -> None:
+    """Nobody takes what lies here of a partition that is paused; the others are asked for all the same."""
+    paused, other = (TopicPartition(world.settings.topic(ACCOUNT), number) for number in (0, 1))
+    async with reading(world, 0, 1) as reader:
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        await reader.getmany(timeout_ms=1000)
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
+        reader._ask()
+
+        async def has_fetched() -> bool:
+            return paused in reader._fetcher._records
+
+        await eventually(has_fetched)
+        reader.pause(paused)
+        polling = asyncio.create_task(reader.getmany(timeout_ms=1000))
+        await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[1])
+
+        assert list(await polling) == [other]
