@@ -395,7 +395,9 @@ async def serve_worker(settings: Settings, *, stop: asyncio.Event | None = None)
 
 async def _open(settings: Settings) -> asyncpg.Pool[asyncpg.Record]:
     url = require(settings.database_url, "database_url")
-    return await open_pool(url, size_max=settings.database_pool_max, name="credit-workers worker")
+    return await open_pool(
+        url, size_max=settings.database_pool_max, name="credit-workers worker", planned_once=True
+    )
 
 
 async def _is_fit(pool: asyncpg.Pool[asyncpg.Record]) -> bool:

@@ -117,7 +117,7 @@ async def owner(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[asyncpg.Pool]:
     """Connections of the worker's role."""
-    async with await open_pool(database_url, size_max=8, name="tests") as opened:
+    async with await open_pool(database_url, size_max=8, name="tests", planned_once=True) as opened:
         yield opened
 
 

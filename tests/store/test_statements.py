@@ -15,9 +15,11 @@ from workers.ledger.catalogue import Alerts
 from workers.ledger.commands import Action, AsOf, RecordSubscription
 from workers.ledger.model import add_months
 from workers.patrol import patrol
+from workers.settings import load_settings
 from workers.store.database import open_pool
 from workers.store.ids import new_ids
 from workers.store.set_aside import Work
+from workers.worker import _open
 
 from .commands_kit import START, Books, InMemory, give_back, memory, pay
 from .kit import (
@@ -401,3 +403,19 @@ async def test_who_names_no_organisation_pays_no_statement_for_them(
     assert len(statements) > 10
     own = [one for one in statements if "organisations" in one or "member_id = ANY" in one]
     assert [one for one in own if "RECURSIVE" not in one] == []
+
+
+async def test_a_worker_plans_each_statement_once(database_url: str) -> None:
+    """To find a plan takes longer than a small batch's statement: whatever the batches are, there is one for all of them."""
+    settings = load_settings(database_url=database_url)
+    async with await _open(settings) as pool:
+        ledger = ledger_over(pool)
+        for number in range(8):
+            users = [f"user{number}-{one}" for one in range(1 + number * 3)]
+            await ledger.apply([grant(user, 100) for user in users])
+            await ledger.apply([request(f"g-{user}", user) for user in users])
+
+        planned = await pool.fetch("SELECT statement, custom_plans FROM pg_prepared_statements")
+
+    assert any("WITH RECURSIVE parties" in row["statement"] for row in planned)
+    assert [row["statement"] for row in planned if row["custom_plans"]] == []

@@ -104,8 +104,18 @@ async def open_pool(
     role: Role = "credits_worker",
     size_max: int = 10,
     name: str = "credit-workers",
+    planned_once: bool = False,
 ) -> asyncpg.Pool[asyncpg.Record]:
-    """Connect, and keep up to `size_max` connections. Raises OSError or asyncpg errors when it cannot."""
+    """Connect, and keep up to `size_max` connections. Raises OSError or asyncpg errors when it cannot.
+
+    `planned_once`: a session plans each statement once, for whatever it will be given. That is for those of `queries.sql`;
+    one whose conditions are optional would read everything for ever.
+    """
+    session = _session(role, name)
+    if planned_once:
+        # To plan a wide statement takes longer than a small batch needs it for, and left to itself the planner takes that for
+        # cheaper, each time anew.
+        session["plan_cache_mode"] = "force_generic_plan"
     with tls_explained(database_url):
         return await asyncpg.create_pool(
             database_url,
@@ -113,7 +123,7 @@ async def open_pool(
             max_size=size_max,
             timeout=CONNECT_SECONDS,
             command_timeout=STATEMENT_MS / 1000 + 5,
-            server_settings=_session(role, name),
+            server_settings=session,
         )
 
 
