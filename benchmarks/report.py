@@ -642,8 +642,8 @@ transaction: one round trip. Kafka is in its way in and out as it is in everybod
 books can be compared. The function writes the product's tables, hash chain included; it knows holds, captures, releases and \
 bookings. It does not parse (the product's sources do, before it), keeps no daily limits and lets no time settle; what it does not \
 know (Stripe, sign-ups, refunds, refusals) takes `batch-of-one`.
-- **COPY alone**: the entries, commands and outbox rows of a run of the worker, in the same batches over one connection: no \
-reading, no locks, no deciding, no triggers, no updates of accounts, lots and generations, no Kafka."""
+- **COPY alone**: the rows that a run of the worker added (entries, commands, lots, generations, bookings, outbox), in the same \
+batches over one connection: no reading, no locks, no deciding, no triggers, no updates of accounts and lots, no Kafka."""
 
 _CLOCK = """\
 Throughput is that of a backlog: all events are in Kafka before the clock starts, in an open Kafka transaction, so that a \
