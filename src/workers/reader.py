@@ -82,7 +82,7 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         fetcher._get_actions_per_node = requests  # noqa: SLF001
 
     async def commit(self, offsets: Any = None) -> None:
-        """As aiokafka's. A poll follows, and is asked for beside."""
+        """As aiokafka's. A poll follows, and what it will bring is asked for beside."""
         self._ask()
         await super().commit(offsets)
 
@@ -99,6 +99,8 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
             return await self._poll(partitions, timeout_ms, max_records)
         finally:
             self._asking, self._behind = False, self._is_behind()
+            if self._behind:
+                self._wake_fetching()
 
     async def _poll(
         self, partitions: Collection[TopicPartition], timeout_ms: int, max_records: int | None
@@ -154,11 +156,14 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
         return failure
 
     def _ask(self) -> None:
-        """Let requests go, if none goes by itself."""
+        """Let requests go, behind or not."""
         self._asking = True
-        waits = self._fetcher._wait_consume_future if self._fetcher else None  # noqa: SLF001
-        if waits is not None and not self._behind:
-            self._fetcher._notify(waits)  # noqa: SLF001
+        self._wake_fetching()
+
+    def _wake_fetching(self) -> None:
+        """Have the task that fetches look what may be asked for: it looked before, and may have found that nothing was."""
+        if (fetcher := self._fetcher) is not None:
+            fetcher._notify(fetcher._wait_consume_future)  # noqa: SLF001
 
     def _is_behind(self) -> bool:
         """Whether the broker had more, when it was last asked, than was taken."""
