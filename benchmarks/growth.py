@@ -32,6 +32,8 @@ ACCOUNT_BYTES, ENTRY_BYTES = 760, 1250
 ACCOUNT_BYTES_READ, ENTRY_BYTES_READ = 730, 190
 # A server's shared memory is at least PostgreSQL's default and at most this part of the machine's.
 BUFFERS_BYTES_MIN, MEMORY_SHARE_MAX = 128 << 20, 0.7
+# Of a smaller one the processor keeps track.
+HUGE_BYTES_MIN = 1 << 30
 # The write-ahead log between two checkpoints, and room to sort an index.
 SPARE_BYTES = 6 << 30
 ENTRIES_AT_ONCE = 200_000
@@ -67,6 +69,26 @@ class Size:
 
     def __str__(self) -> str:
         return f"{self.accounts:,} accounts, {self.entries:,} entries"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """A server's shared memory, and whether it lies in huge pages: without them a processor looks up the place of nearly each
+    page that it reads in tables of their own size (PostgreSQL's manual, "Linux Huge Pages").
+    """
+
+    bytes: int
+    huge: bool
+    huge_pages_wanted: int
+
+    def advice(self) -> str | None:
+        """What to do for a memory that is large and in small pages."""
+        if self.huge or self.bytes < HUGE_BYTES_MIN:
+            return None
+        return (
+            f"PostgreSQL's {self.bytes / 2**30:.1f} GiB are in small pages, which costs the large ledger some of its pace. For huge "
+            f"ones reserve them beforehand: sysctl vm.nr_hugepages={self.huge_pages_wanted}"
+        )
 
 
 class NoRoomError(Exception):
@@ -167,6 +189,17 @@ async def set_up(stage: Stage, sizes: Sequence[Size]) -> AsyncIterator[Stage]:
     finally:
         await administer(url, *(f"ALTER SYSTEM RESET {name}" for name in settings))
         await administer(url, "SELECT pg_reload_conf()", "CHECKPOINT")
+
+
+async def shared_memory(server_url: str) -> SharedMemory:
+    """What a running server has."""
+    async with connected(server_url) as connection:
+        row = await connection.fetchrow(
+            "SELECT pg_size_bytes(current_setting('shared_memory_size')), current_setting('huge_pages_status') = 'on', "
+            "current_setting('shared_memory_size_in_huge_pages')::int"
+        )
+    assert row is not None  # a SELECT without FROM has one
+    return SharedMemory(*row)
 
 
 def buffers_bytes(sizes: Sequence[Size], memory_bytes: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from benchmarks import growth
 from benchmarks.books import Effects, Place, administer, prepare, same
 from benchmarks.cases import CASES, CaseName, Workload, growth_workload, workload
-from benchmarks.growth import Size
+from benchmarks.growth import SharedMemory, Size
 from benchmarks.latency import Latency, latency, uncounted
 from benchmarks.progress import Display
 from benchmarks.run import Measured, Stage, Start, Written, copy_limit, measure, start
@@ -99,6 +99,7 @@ class Findings:
     latency: dict[str, dict[int, list[Latency]]] = field(default_factory=dict)
     starts: list[Start] = field(default_factory=list)
     ledgers: dict[str, tuple[Size, int]] = field(default_factory=dict)
+    shared_memory: SharedMemory | None = None
     absent: dict[str, str] = field(default_factory=dict)
     ended: str | None = None
 
@@ -298,6 +299,9 @@ class Programme:
         places: dict[str, tuple[Size, Place]] = {}
         async with growth.set_up(self._stage, self._plan.sizes) as stage:
             server_url = stage.servers.database_url
+            self.found.shared_memory = memory = await growth.shared_memory(server_url)
+            if (advice := memory.advice()) is not None:
+                self._display.say(advice)
             try:
                 for label, size in zip(
                     ("growth_small", "growth_large"), self._plan.sizes, strict=True

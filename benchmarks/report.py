@@ -69,6 +69,8 @@ def compose(found: Findings, about: dict[str, Any]) -> dict[str, Any]:
             label: {"accounts": size.accounts, "entries": size.entries, "bytes": stored}
             for label, (size, stored) in found.ledgers.items()
         },
+        "shared_memory": found.shared_memory
+        and {"bytes": found.shared_memory.bytes, "huge_pages": found.shared_memory.huge},
         "statements": {
             subject: {
                 "per_event": round((run.statements or 0) / run.events, 4),
@@ -561,7 +563,8 @@ def _growth(report: Mapping[str, Any]) -> list[str]:
         (
             f"{report['about']['growth_events']:,} generations of random accounts in each run, on the same ledger as the one before; "
             "the worker's memory has a command for every entry. One worker process. The server's shared memory holds what is read of both "
-            "ledgers (rows of accounts and lots, and every index) up to 70 % of the machine's, and it is read in before the clock. "
+            "ledgers (rows of accounts and lots, and every index) up to 70 % of the machine's, and it is read in before the clock"
+            f"{_told_memory(report.get('shared_memory'))}. "
             "Each run begins behind a checkpoint and has none within: the first change of each page behind it writes the page whole to "
             "the log, which a large ledger pays for throughout its run and a small one only at the beginning."
         ),
@@ -570,6 +573,13 @@ def _growth(report: Mapping[str, Any]) -> list[str]:
             ["", "accounts", "entries", "database", "events a second", "log, bytes an event"], rows
         ),
     ]
+
+
+def _told_memory(memory: Mapping[str, Any] | None) -> str:
+    if not memory:
+        return ""
+    pages = "huge pages, which were reserved beforehand" if memory["huge_pages"] else "small pages"
+    return f": {memory['bytes'] / 2**30:.1f} GiB, in {pages}"
 
 
 def _memory_and_start(report: Mapping[str, Any]) -> list[str]:

@@ -142,6 +142,9 @@ async def test_growth_is_measured_on_ledgers_of_two_sizes(stage: Stage):
     assert sizes == {"growth_small": 600, "growth_large": 3000}
     (run,) = found.cases["growth_large"]["worker"]
     assert run.effects is not None
+    assert found.shared_memory is not None
+    assert found.shared_memory.bytes > 128 << 20
+    assert found.shared_memory.advice() is None  # too small to be worth huge pages
 
 
 async def test_a_ledger_that_was_filled_is_guarded_and_whole(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.growth import Size
+from benchmarks.growth import SharedMemory, Size
 from benchmarks.latency import Latency, judged, quantile
 from benchmarks.machine import Cpu
 from benchmarks.plots import Bar, bars
@@ -234,3 +234,15 @@ def test_an_earlier_report_is_written_again_without_measuring(
     assert (
         "memory: peak of the worker: 251 MiB (at most 250 MiB): NOT MET" in capsys.readouterr().out
     )
+
+
+def test_a_large_shared_memory_in_small_pages_is_told_with_what_to_do():
+    """Whoever reads the figures sees what the server had; whoever runs them, how many pages to reserve."""
+    small = SharedMemory(16 << 30, huge=False, huge_pages_wanted=8232)
+    huge = replace(small, huge=True)
+
+    assert "vm.nr_hugepages=8232" in (small.advice() or "")
+    assert huge.advice() is None
+    assert replace(small, bytes=128 << 20).advice() is None
+    for memory, told in ((small, "16.0 GiB, in small pages"), (huge, "16.0 GiB, in huge pages")):
+        assert told in report.markdown(_report(shared_memory=memory))
