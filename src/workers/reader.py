@@ -71,11 +71,10 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
 
         def requests(assignment: Any) -> Any:
             sent, *rest = all_requests(assignment)
-            # What a paused partition has left here is nobody's turn, and keeps the others from nothing.
-            to_take = fetcher._records.keys() - self.paused()  # noqa: SLF001
-            if not self._behind and (to_take or not self._asking):
+            lie = bool(fetcher._records)  # noqa: SLF001
+            if not self._behind and (lie or not self._asking):
                 return [], *rest
-            for _, request in sent if fetcher._records else ():  # noqa: SLF001
+            for _, request in sent if lie else ():
                 request._max_wait_ms, request._min_bytes = PARTIAL_WAIT_MS, PARTIAL_BYTES  # noqa: SLF001
             return sent, *rest
 
@@ -94,6 +93,8 @@ class Reader(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no types
 
         Raises what reading a partition raised, if the others have nothing to return.
         """
+        # What lies here of others than those that are asked for is not taken now, and must keep these from nothing.
+        self._behind = self._behind or bool(partitions)
         self._ask()
         try:
             return await self._poll(partitions, timeout_ms, max_records)

@@ -278,11 +278,12 @@ async def test_a_commit_asks_for_what_the_next_poll_will_bring(world: World) -> 
         await eventually(has_fetched)
 
 
-async def test_what_a_paused_partition_left_here_keeps_the_others_from_nothing(
-    world: World,
+@pytest.mark.parametrize("left", ["paused", "not asked for"])
+async def test_what_lies_here_of_one_partition_keeps_the_others_from_nothing(
+    world: World, left: str
 ) -> None:
-    """Nobody takes what lies here of a partition that is paused; the others are asked for all the same."""
-    paused, other = (TopicPartition(world.settings.topic(ACCOUNT), number) for number in (0, 1))
+    """A poll that takes nothing of a partition, paused or not asked for, asks for the others all the same."""
+    lying, other = (TopicPartition(world.settings.topic(ACCOUNT), number) for number in (0, 1))
     async with reading(world, 0, 1) as reader:
         await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
         await reader.getmany(timeout_ms=1000)
@@ -290,11 +291,13 @@ async def test_what_a_paused_partition_left_here_keeps_the_others_from_nothing(
         reader._ask()
 
         async def has_fetched() -> bool:
-            return paused in reader._fetcher._records
+            return lying in reader._fetcher._records
 
         await eventually(has_fetched)
-        reader.pause(paused)
-        polling = asyncio.create_task(reader.getmany(timeout_ms=1000))
+        if left == "paused":
+            reader.pause(lying)
+        asked_for = [other] if left == "not asked for" else []
+        polling = asyncio.create_task(reader.getmany(*asked_for, timeout_ms=1000))
         await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[1])
 
         assert list(await polling) == [other]
