@@ -234,6 +234,10 @@ async def test_whoever_has_read_everything_fetches_nothing_ahead(world: World) -
         await world.publish_all(ACCOUNT, [("weather.changed", {})], partitions=[0])
         first = await reader.getmany(timeout_ms=1000)
 
+        async def is_silent() -> bool:
+            return not reader._fetcher._in_flight
+
+        await eventually(is_silent)  # what was asked for before it had read everything is answered
         await world.publish_all(ACCOUNT, [("weather.changed", {})] * 6, partitions=numbers)
         lying, asked = dict(reader._fetcher._records), set(reader._fetcher._in_flight)
         second = await reader.getmany(timeout_ms=1000)
